@@ -1,0 +1,582 @@
+"""The student (a VAR, and all that is deployed), the teacher, and what passes between them (paper, 3.3–3.6).
+
+A picture is K token maps; map k has p_k² tokens, and all of its tokens are predicted at once from the maps
+before it. In training one pass sees all L = Σ p_k² positions under a block-causal mask: a position sees its
+own map and every earlier one. The student follows the published VAR (Tian et al. 2024) to the letter, so
+weights pass in both directions: load_official, to_official.
+
+Shapes: B batch, L positions, D width, V codes, C code width, H heads.
+"""
+import copy
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+from runtime import digest, load_checkpoint, load_weights
+from tokenizer import StructureTokenizer, area
+
+
+# -----------------------------------------------------------------------------
+# transformer blocks
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with biases on q and v but not on k.
+
+    qk_norm: queries and keys are unit vectors and each head learns its temperature; without it the softmax
+    scale is VAR's 0.25/√(D/H).
+    """
+
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.heads, self.qk_norm = heads, qk_norm
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        if qk_norm:
+            self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
+
+    def forward(self, x, mask=None, cache=None):
+        B, L, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H)
+        scale = 0.25 / math.sqrt(D // self.heads)
+        if self.qk_norm:
+            # F.normalize is float32 under autocast; v's dtype is the one attention should run in
+            q = (F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()).to(v.dtype)
+            k, scale = F.normalize(k, dim=-1).to(v.dtype), 1.0
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return self.proj(h.transpose(1, 2).reshape(B, L, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+
+
+def modulate(x, scale, shift):
+    """AdaLN: LayerNorm without parameters of its own, then the class's scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """x + γ₁·attention(AdaLN(x)), then x + γ₂·MLP(AdaLN(x)); γ, scale and shift come from the class.
+
+    With shared_aln (VAR's 512-px model) one projection serves all blocks and a block adds its own offset.
+    """
+
+    def __init__(self, width, heads, mlp_ratio, qk_norm, shared_aln):
+        super().__init__()
+        self.attention = SelfAttention(width, heads, qk_norm)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+        if shared_aln:
+            self.ada_offset = nn.Parameter(torch.randn(1, 1, 6, width) / width ** 0.5)
+        else:
+            self.ada = nn.Linear(width, 6 * width)
+
+    def modulation(self, condition, shared):
+        """γ₁, γ₂, scale₁, scale₂, shift₁, shift₂, each (B, 1, D). condition: silu of the class embedding (B, D)."""
+        six = self.ada_offset + shared if shared is not None else self.ada(condition).view(len(condition), 1, 6, -1)
+        return six.unbind(2)
+
+    def forward(self, x, condition, shared=None, mask=None, cache=None, keep=(1, 1)):
+        """keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
+        x = x + keep[0] * gamma1 * self.attention(modulate(x, scale1, shift1), mask, cache)
+        return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
+
+
+class KVCache:
+    """Keys and values of one block for all positions, allocated once; sampling fills it map by map."""
+
+    def __init__(self, batch, heads, length, head_width, like):
+        self.keys = like.new_empty(batch, heads, length, head_width)
+        self.values = torch.empty_like(self.keys)
+        self.filled = 0
+
+    def extend(self, k, v):
+        end = self.filled + k.shape[2]
+        self.keys[:, :, self.filled:end] = k
+        self.values[:, :, self.filled:end] = v
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+# -----------------------------------------------------------------------------
+# the student
+
+class VAR(nn.Module):
+    """Class-conditional transformer over the token maps r_1 … r_K; the deployed network.
+
+    num_classes is also the label that means "no class". Width 64·depth and depth heads unless given.
+    drop_path: stochastic depth of the last block, growing linearly from 0 (VAR: 0.1·depth/24, the default).
+    """
+
+    def __init__(self, patch_nums, vocab_size=8192, code_width=32, num_classes=1000, depth=16, width=0, num_heads=0,
+                 mlp_ratio=4.0, qk_norm=True, shared_aln=False, drop_path=-1.0):
+        super().__init__()
+        width, num_heads = width or 64 * depth, num_heads or depth
+        if width % num_heads:
+            raise UserError(f'width={width} is not a multiple of num_heads={num_heads}')
+        self.patch_nums, self.num_classes, self.num_heads = tuple(patch_nums), num_classes, num_heads
+        self.drop_path = 0.1 * depth / 24 if drop_path < 0 else drop_path
+        self.lengths = [p * p for p in patch_nums]
+        self.word_embed = nn.Linear(code_width, width)
+        self.class_embed = nn.Embedding(num_classes + 1, width)
+        self.start = nn.Parameter(torch.empty(1, self.lengths[0], width))
+        self.pos_embed = nn.Parameter(torch.empty(1, sum(self.lengths), width))
+        self.scale_embed = nn.Embedding(len(patch_nums), width)
+        self.shared_ada = nn.Linear(width, 6 * width) if shared_aln else None
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, qk_norm, shared_aln) for _ in range(depth))
+        self.head_ada = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, vocab_size)
+        self.register_buffer('map_of_position', map_of_position(patch_nums), persistent=False)
+        self.register_buffer('mask', block_causal_mask(patch_nums), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Every initial value, as VAR's training starts: truncated normals, and blocks that begin near the identity."""
+        width, depth = self.word_embed.out_features, len(self.blocks)
+        std = math.sqrt(1 / (3 * width))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.start, std=std)
+        nn.init.trunc_normal_(self.pos_embed, std=std)
+        with torch.no_grad():
+            self.head.weight *= 0.02
+            self.head_ada.weight *= 0.5
+            for block in self.blocks:
+                block.attention.proj.weight /= math.sqrt(2 * depth)
+                block.mlp.fc2.weight /= math.sqrt(2 * depth)
+                if self.shared_ada is None:
+                    block.ada.weight[:2 * width] *= 1e-5      # γ₁, γ₂
+                    block.ada.weight[2 * width:] *= 0.5
+                else:
+                    block.ada_offset[:, :, :2] *= 1e-5
+                    block.ada_offset[:, :, 2:] *= 0.5
+
+    # -- pieces of the forward pass
+
+    def condition(self, labels):
+        """(class embedding, silu of it, shared AdaLN or None); labels (B,), num_classes for "no class"."""
+        embedding = self.class_embed(labels)
+        condition = F.silu(embedding)
+        shared = None if self.shared_ada is None else self.shared_ada(condition).view(len(labels), 1, 6, -1)
+        return embedding, condition, shared
+
+    def position(self, first, last):
+        """Position plus scale embeddings of positions first … last − 1: (1, last − first, D)."""
+        return self.pos_embed[:, first:last] + self.scale_embed(self.map_of_position[first:last])
+
+    def embed(self, embedding, inputs):
+        """Class embedding (B, D) and token inputs (B, n, C) → (B, p_1² + n, D)."""
+        x = torch.cat([embedding[:, None] + self.start, self.word_embed(inputs)], 1)
+        return x + self.position(0, x.shape[1])
+
+    def logits(self, x, condition):
+        """(B, n, D) → (B, n, V) in float32."""
+        scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
+        return self.head(modulate(x, scale, shift)).float()
+
+    def drop_path_factors(self, batch, generator=None):
+        """Stochastic depth for a batch: (batch, 2·depth) of 0 or 1/(1 − rate), to be passed as keep."""
+        rates = torch.linspace(0, self.drop_path, len(self.blocks)).repeat_interleave(2)
+        kept = torch.rand(batch, len(rates), generator=generator) >= rates
+        return kept / (1 - rates)
+
+    def hidden(self, labels, inputs, keep=None):
+        """Residual stream before block 1 and after every block: [(B, n, D)] · (depth + 1), and the condition."""
+        embedding, condition, shared = self.condition(labels)
+        x = self.embed(embedding, inputs)
+        n = x.shape[1]
+        stream, mask = [x], self.mask[:n, :n]
+        for i, block in enumerate(self.blocks):
+            branches = (1, 1) if keep is None else keep[:, 2 * i:2 * i + 2, None, None].unbind(1)
+            stream.append(block(stream[-1], condition, shared, mask, keep=branches))
+        return stream, (condition, shared)
+
+    def forward(self, labels, inputs, keep=None):
+        """Teacher-forced logits (B, p_1² + n, V).
+
+        labels (B,) int64 (num_classes means no class); inputs (B, n, C) from tokenizer.token_inputs, n = L − p_1²
+        or a shorter run of whole maps; keep from drop_path_factors, in training.
+        """
+        stream, (condition, _) = self.hidden(labels, inputs, keep)
+        return self.logits(stream[-1], condition)
+
+    # -- sampling
+
+    @torch.no_grad()
+    def generate(self, tokenizer, labels, cfg=1.5, top_k=900, top_p=0.96, generator=None, smooth=False, kv_cache=True):
+        """Samples token maps r_1 … r_K for labels (B,); returns (tokens: list of (B, p_k²), images in [−1, 1]).
+
+        cfg: guidance strength at the last map, ramped from 0 (VAR): (1 + t)·with class − t·without, t = cfg·(k−1)/(K−1).
+        top_k, top_p: filter in that order; top_k=0 and top_p=0 keep everything, top_k=1 is greedy.
+        smooth: feed back Gumbel-softmax mixtures of codes instead of codes (VAR's "more smooth", prettier, not for FID).
+        kv_cache=False recomputes all earlier maps at every step: the reference the cache is tested against.
+        """
+        B, quantizer = len(labels), tokenizer.quantizer
+        maps, last = len(self.patch_nums), self.patch_nums[-1]
+        branches = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if cfg else labels
+        embedding, condition, shared = self.condition(branches)
+        caches = self.new_caches(embedding, len(branches)) if kv_cache else None
+
+        codes = quantizer.codebook.weight
+        f_hat = codes.new_zeros(B, codes.shape[1], last, last)
+        inputs, tokens, first = codes.new_zeros(B, 0, codes.shape[1]), [], 0
+        for k, p in enumerate(self.patch_nums):
+            guided = inputs.repeat(2, 1, 1) if cfg else inputs
+            if kv_cache:
+                x = (self.word_embed(guided) if k else embedding[:, None] + self.start) + self.position(first, first + p * p)
+                for block, cache in zip(self.blocks, caches):
+                    x = block(x, condition, shared, cache=cache)
+                logits = self.logits(x, condition)
+            else:
+                logits = self(branches, guided)[:, first:]
+            first += p * p
+
+            progress = k / max(1, maps - 1)
+            if cfg:
+                logits = (1 + cfg * progress) * logits[:B] - cfg * progress * logits[B:]
+            logits = filter_logits(logits, top_k, top_p)
+            tokens.append(draw(logits, generator))
+            if smooth:
+                chosen = smooth_codes(logits, progress, codes, generator).transpose(1, 2).reshape(B, -1, p, p)
+            else:
+                chosen = quantizer.codebook.maps(tokens[k])
+            f_hat = f_hat + quantizer.refine(chosen, k)
+            if k + 1 < maps:
+                following = area(f_hat, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
+                inputs = following if kv_cache else torch.cat([inputs, following], 1)
+        return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
+
+    def new_caches(self, like, batch):
+        head_width = like.shape[-1] // self.num_heads
+        dtype = torch.get_autocast_dtype(like.device.type) if torch.is_autocast_enabled(like.device.type) else like.dtype
+        like = torch.empty(0, dtype=dtype, device=like.device)
+        return [KVCache(batch, self.num_heads, sum(self.lengths), head_width, like) for _ in self.blocks]
+
+
+def map_of_position(patch_nums):
+    """Which token map (from 0) each of the L positions belongs to."""
+    return torch.repeat_interleave(torch.arange(len(patch_nums)), torch.tensor([p * p for p in patch_nums]))
+
+
+def block_causal_mask(patch_nums):
+    """(L, L) bool: query row sees key column iff the key's map is not later than the query's."""
+    k = map_of_position(patch_nums)
+    return k[:, None] >= k[None, :]
+
+
+def filter_logits(logits, top_k, top_p):
+    """logits (..., V) with −inf outside the top_k largest and then outside the smallest set of probability ≥ top_p."""
+    V = logits.shape[-1]
+    if 0 < top_k < V:
+        smallest_kept = logits.topk(top_k, dim=-1).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        tail[..., -1] = False                               # the most likely token always stays
+        logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
+    return logits
+
+
+def draw(logits, generator=None):
+    """One token a position: (B, n, V) → (B, n)."""
+    B, n, V = logits.shape
+    return torch.multinomial(logits.softmax(-1).view(-1, V), 1, replacement=True, generator=generator).view(B, n)
+
+
+def smooth_codes(logits, progress, codes, generator=None):
+    """Gumbel-softmax mixtures of codes (B, n, C), hardening as progress goes from 0 to 1; the constants are VAR's."""
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return ((logits * (1 + progress) + gumbel) / temperature).softmax(-1) @ codes
+
+
+# -----------------------------------------------------------------------------
+# the teacher
+
+class AliasGateCrossAttention(nn.Module):
+    """AG-XAttn (Eq. 9, 10): Z = X + α ⊙ W_O·Attn(X W_Q, E_a W_K, E_a W_V), α = sigmoid(W_α X), one gate a channel.
+
+    W_O starts at zero, so a teacher starts as its student.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.gate, self.proj = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x, alias, mask):
+        """x (B, n, D), alias (B, m, D), mask (n, m) → what to add to x, (B, n, D)."""
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        q, k, v = (layer(t).view(*t.shape[:2], self.heads, -1).transpose(1, 2)
+                   for layer, t in ((self.query, x), (self.key, alias), (self.value, alias)))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+        return torch.sigmoid(self.gate(x)) * self.proj(h)
+
+
+class TeacherBlock(nn.Module):
+    """A copy of a student block; where `alias_attention` is given, AG-XAttn after its self-attention."""
+
+    def __init__(self, block, alias_attention=None):
+        super().__init__()
+        self.block, self.alias_attention = copy.deepcopy(block), alias_attention
+
+    def forward(self, x, condition, shared, mask, alias, alias_mask):
+        block = self.block
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = block.modulation(condition, shared)
+        x = x + gamma1 * block.attention(modulate(x, scale1, shift1), mask)
+        if self.alias_attention is not None:
+            first = x.shape[1] - alias_mask.shape[0]        # only the last maps look at alias tokens
+            x = torch.cat([x[:, :first], x[:, first:] + self.alias_attention(x[:, first:], alias, alias_mask)], 1)
+        return x + gamma2 * block.mlp(modulate(x, scale2, shift2))
+
+
+class Teacher(nn.Module):
+    """The High-Frequency Residual Teacher (section 3.5): sees the alias tokens of the picture it predicts.
+
+    It reads the student's trunk (detached) after `shared_blocks` blocks and owns copies of the rest and of the
+    head; the last `teacher_blocks` carry AG-XAttn. shared_blocks = depth − teacher_blocks by default (−1);
+    0 is the full dual network. The structure positions of the last `alias_scales` maps query the alias tokens
+    of maps K − alias_scales … K − 1, a map k seeing alias maps ≤ k; only there it knows more than the student,
+    so only there it predicts.
+    """
+
+    def __init__(self, student, alias_vocab_size, alias_scales=2, teacher_blocks=2, shared_blocks=-1):
+        super().__init__()
+        depth, maps, width = len(student.blocks), len(student.patch_nums), student.word_embed.out_features
+        shared_blocks = depth - teacher_blocks if shared_blocks < 0 else shared_blocks
+        if not 1 <= teacher_blocks <= depth or shared_blocks > depth - teacher_blocks:
+            raise UserError(f'teacher_blocks={teacher_blocks} and shared_blocks={shared_blocks} do not fit depth={depth}: '
+                            f'their sum may not exceed it, and teacher_blocks is at least 1')
+        if not 1 <= alias_scales <= maps - 1:
+            raise UserError(f'alias_scales={alias_scales}: {maps} token maps allow 1 to {maps - 1}')
+        self.shared_blocks, self.teacher_blocks = shared_blocks, teacher_blocks
+        gated = range(depth - teacher_blocks, depth)
+        self.blocks = nn.ModuleList(
+            TeacherBlock(student.blocks[i], AliasGateCrossAttention(width, student.num_heads) if i in gated else None)
+            for i in range(shared_blocks, depth))
+        self.head_ada, self.head = copy.deepcopy(student.head_ada), copy.deepcopy(student.head)
+
+        alias_maps = torch.arange(maps - alias_scales - 1, maps - 1)            # k from 0: maps K−M … K−1
+        map_of_alias = torch.repeat_interleave(alias_maps, torch.tensor(student.lengths)[alias_maps])
+        map_of_query = map_of_position(student.patch_nums)
+        map_of_query = map_of_query[map_of_query >= maps - alias_scales]
+        self.first = sum(student.lengths[:-alias_scales])                       # first position that looks at alias
+        self.register_buffer('map_of_alias', map_of_alias, persistent=False)
+        self.register_buffer('alias_mask', map_of_query[:, None] >= map_of_alias[None, :], persistent=False)
+        self.alias_embed = nn.Embedding(alias_vocab_size, width)
+        self.alias_pos = nn.Parameter(torch.empty(1, len(map_of_alias), width))
+        self.alias_scale = nn.Embedding(maps, width)
+        for weight in (self.alias_embed.weight, self.alias_pos, self.alias_scale.weight):
+            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * width)))
+
+    def forward(self, stream, condition, shared, mask, alias_tokens):
+        """stream, condition, shared: from student.hidden; alias_tokens (B, Σ_{k<K} p_k²) int64.
+
+        Returns (logits (B, n, V), features [(B, n, D)] after each of the last teacher_blocks blocks), for the n
+        positions of the last alias_scales maps. No gradient reaches the student.
+        """
+        x, condition = stream[self.shared_blocks].detach(), condition.detach()
+        shared = None if shared is None else shared.detach()
+        tokens = alias_tokens[:, -len(self.map_of_alias):]
+        alias = self.alias_embed(tokens) + self.alias_pos + self.alias_scale(self.map_of_alias)
+        features = []
+        for block in self.blocks:
+            x = block(x, condition, shared, mask, alias, self.alias_mask)
+            features.append(x[:, self.first:])
+        scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
+        return self.head(modulate(features[-1], scale, shift)).float(), features[-self.teacher_blocks:]
+
+
+def distillation_loss(student_logits, teacher_logits, student_features, teacher_features):
+    """The two terms by which the student learns from the teacher (Eq. 12), gradients to the student only.
+
+    feature: mean squared difference a feature element, averaged over the blocks.
+    kl: KL(p_teacher ‖ p_student), mean over positions, nats.
+    """
+    feature = sum(F.mse_loss(s.float(), t.detach().float()) for s, t in zip(student_features, teacher_features))
+    kl = F.kl_div(student_logits.log_softmax(-1).flatten(0, 1), teacher_logits.detach().log_softmax(-1).flatten(0, 1),
+                  log_target=True, reduction='batchmean')
+    return {'feature': feature / len(teacher_features), 'kl': kl}
+
+
+class FVAR(nn.Module):
+    """What is trained in stage 2: the student, and (unless teacher is None) its teacher, with the loss of Eq. 12."""
+
+    def __init__(self, student, teacher=None, lambda_feat=1.0, lambda_logit=0.5):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.lambda_feat, self.lambda_logit = lambda_feat, lambda_logit
+
+    def forward(self, labels, inputs, structure_tokens, alias_tokens, keep=None):
+        """Terms of the loss by name, 'total' being their weighted sum, and 'per_map': student CE of every map (K,).
+
+        labels (B,) with the dropped ones already num_classes; inputs from token_inputs; structure_tokens (B, L) and
+        alias_tokens (B, La) int64; keep from drop_path_factors. Cross-entropies in nats a token.
+        """
+        student = self.student
+        stream, (condition, shared) = student.hidden(labels, inputs, keep)
+        logits = student.logits(stream[-1], condition)
+        ce = F.cross_entropy(logits.flatten(0, 1), structure_tokens.flatten(), reduction='none').view(structure_tokens.shape)
+        terms = {'ce': ce.mean()}
+        terms['per_map'] = torch.stack([part.mean() for part in ce.detach().split(student.lengths, 1)])
+        terms['total'] = terms['ce']
+        if self.teacher is not None:
+            first = self.teacher.first
+            teacher_logits, teacher_features = self.teacher(stream, condition, shared, student.mask, alias_tokens)
+            student_features = [x[:, first:] for x in stream[-len(teacher_features):]]
+            terms['teacher_ce'] = F.cross_entropy(teacher_logits.flatten(0, 1), structure_tokens[:, first:].flatten())
+            terms |= distillation_loss(logits[:, first:], teacher_logits, student_features, teacher_features)
+            terms['total'] = (terms['ce'] + terms['teacher_ce'] + self.lambda_feat * terms['feature']
+                              + self.lambda_logit * terms['kl'])
+        return terms
+
+
+# -----------------------------------------------------------------------------
+# the published VAR's weights
+
+# our name → published name, the first that matches
+TOKENIZER_NAMES = [
+    ('pre_quant', 'quant_conv'), ('post_quant', 'post_quant_conv'), ('quantizer.phi', 'quantize.quant_resi.qresi_ls'),
+    ('quantizer.codebook.weight', 'quantize.embedding.weight'), ('quantizer.codebook.usage', 'quantize.ema_vocab_hit_SV'),
+]
+STUDENT_NAMES = [
+    ('start', 'pos_start'), ('pos_embed', 'pos_1LC'), ('scale_embed', 'lvl_embed'), ('class_embed', 'class_emb'),
+    ('head_ada', 'head_nm.ada_lin.1'), ('shared_ada', 'shared_ada_lin.1'), ('ada_offset', 'ada_gss'), ('ada', 'ada_lin.1'),
+    ('attention.qkv', 'attn.mat_qkv'), ('attention.log_scale', 'attn.scale_mul_1H11'), ('attention', 'attn'), ('mlp', 'ffn'),
+]
+STUDENT_CONSTANTS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')      # published buffers that follow from the sizes
+
+
+def official_student_name(name):
+    for ours, theirs in STUDENT_NAMES:
+        if ours in name:
+            return name.replace(ours, theirs, 1)
+    return name
+
+
+def official_tokenizer_name(name, levels):
+    """The published name of a tokenizer weight; the published decoder numbers its levels from the image inwards."""
+    for ours, theirs in TOKENIZER_NAMES:
+        if name.startswith(ours + '.') or name == ours:
+            return theirs + name[len(ours):]
+    side = 'down' if name.startswith('encoder') else 'up'
+
+    def level(match):
+        number = int(match[2]) if side == 'down' else levels - 1 - int(match[2])
+        return f'{side}.{number}.' + (f'{side}sample.conv' if match[1] == 'samplers' else match[3])
+
+    name = re.sub(r'(levels|samplers)\.(\d+)(?:\.(blocks|attentions))?', level, name)
+    for ours, theirs in (('blocks', 'block'), ('attentions', 'attn'), ('middle.block', 'mid.block_'), ('shortcut', 'nin_shortcut'),
+                         ('middle.attention', 'mid.attn_1'), ('proj', 'proj_out')):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def count_of(pattern, names):
+    """How many numbers the one group of a pattern takes over some names: blocks of a network."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
+    """(StructureTokenizer, VAR) from the published state dicts; every size is read off names and shapes.
+
+    num_heads: where QK-norm's temperatures don't tell, VAR's rule, as many as blocks. Raises UserError when a
+    dictionary is not what it should be or belongs to other patch_nums.
+    """
+    vae, var = vae_state_dict, var_state_dict
+    if 'quantize.embedding.weight' not in vae:
+        raise UserError('this is no published VAR tokenizer (it has no quantize.embedding.weight): give vae_ch160v4096z32.pth')
+    if 'word_embed.weight' not in var:
+        raise UserError('this is no published VAR transformer (it has no word_embed.weight): give var_d16.pth or its like')
+    length = sum(p * p for p in patch_nums)
+    if var['pos_1LC'].shape[1] != length or var['lvl_embed.weight'].shape[0] != len(patch_nums):
+        raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
+                        f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
+    vocab_size, code_width = vae['quantize.embedding.weight'].shape
+    if var['head.weight'].shape[0] != vocab_size or var['word_embed.weight'].shape[1] != code_width:
+        raise UserError(f'tokenizer ({vocab_size} codes × {code_width}) and transformer ({var["head.weight"].shape[0]} codes × '
+                        f'{var["word_embed.weight"].shape[1]}) do not belong together')
+
+    channels, levels = vae['encoder.conv_in.weight'].shape[0], count_of(r'encoder\.down\.(\d+)\.', vae)
+    mult = tuple(vae[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // channels for i in range(levels))
+    tokenizer = StructureTokenizer(
+        image_size=patch_nums[-1] * 2 ** (levels - 1), patch_nums=patch_nums, vocab_size=vocab_size, code_width=code_width,
+        channels=channels, channel_mult=mult, res_blocks=count_of(r'encoder\.down\.0\.block\.(\d+)\.', vae),
+        phis=count_of(r'quantize\.quant_resi\.qresi_ls\.(\d+)\.', vae), pyramid='scale')
+    load_renamed(tokenizer, vae, lambda name: official_tokenizer_name(name, levels), 'tokenizer')
+
+    depth, width = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape[0]
+    qk_norm = 'blocks.0.attn.scale_mul_1H11' in var
+    if num_heads is None:
+        num_heads = var['blocks.0.attn.scale_mul_1H11'].shape[1] if qk_norm else depth
+    student = VAR(patch_nums, vocab_size, code_width, num_classes=var['class_emb.weight'].shape[0] - 1, depth=depth, width=width,
+                  num_heads=num_heads, mlp_ratio=var['blocks.0.ffn.fc1.weight'].shape[0] / width, qk_norm=qk_norm,
+                  shared_aln='shared_ada_lin.1.weight' in var)
+    load_renamed(student, var, official_student_name, 'transformer')
+    return tokenizer.eval(), student.eval()
+
+
+def load_renamed(module, published, published_name, what):
+    """Fills a module from a published state dict; UserError unless they hold the same names and shapes."""
+    name_of = {name: published_name(name) for name in module.state_dict()}
+    unexpected = [name for name in published if name not in name_of.values() and not name.endswith(STUDENT_CONSTANTS)]
+    missing = [name for name in name_of.values() if name not in published]
+    if unexpected or missing:
+        raise UserError(f'this is no {what} as VAR publishes it: ' + (f'{missing[0]} is missing' if missing else f'unknown {unexpected[0]}'))
+    load_weights(module, {name: published[theirs] for name, theirs in name_of.items()}, f'the published {what}')
+
+
+def to_official(tokenizer, student):
+    """(vae_state_dict, var_state_dict) under the published names and shapes: load_official's inverse, bit for bit."""
+    vae, var = tokenizer.state_dict(), student.state_dict()
+    levels = len(tokenizer.encoder.levels)
+    official_vae = {official_tokenizer_name(name, levels): value for name, value in vae.items()}
+    official_var = {official_student_name(name): value for name, value in var.items()}
+    official_var['lvl_1L'] = student.map_of_position[None]
+    official_var['attn_bias_for_masking'] = torch.zeros(student.mask.shape).masked_fill(~student.mask.cpu(), -torch.inf)[None, None]
+    for i, block in enumerate(student.blocks):
+        official_var[f'blocks.{i}.attn.zero_k_bias'] = torch.zeros_like(block.attention.q_bias)
+    return official_vae, official_var
+
+
+# -----------------------------------------------------------------------------
+# files
+
+STUDENT_SETTINGS = ('depth', 'width', 'num_heads', 'mlp_ratio', 'qk_norm', 'shared_aln', 'drop_path')
+
+
+def build_student(config, structure, num_classes):
+    """A VAR for the tokens of a StructureTokenizer, from the settings of train_fvar.py."""
+    codebook = structure.quantizer.codebook
+    return VAR(structure.patch_nums, codebook.num_embeddings, codebook.embedding_dim, num_classes,
+               **{name: config[name] for name in STUDENT_SETTINGS})
+
+
+def load_student(path, structure, device='cpu'):
+    """(VAR in eval mode, checkpoint) from student.pt; UserError if it was trained on another tokenizer's tokens."""
+    checkpoint = load_checkpoint(path, 'student', device, made_by='train_fvar.py')
+    if checkpoint['tokenizer'] != digest(structure.state_dict()):
+        raise UserError(f'{path} was trained on the tokens of another tokenizer: use the tokenizer.pt that lies beside it')
+    student = build_student(checkpoint['config'], structure, len(checkpoint['classes']))
+    load_weights(student, checkpoint['student'], path)
+    return student.to(device).eval(), checkpoint

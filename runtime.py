@@ -1,0 +1,370 @@
+"""What every script shares and no reader of the method needs: device, ranks, precision, checkpoints, logs.
+
+Nothing here knows about pictures or tokens. One process is one rank; without torchrun there is one.
+"""
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from configurator import UserError
+
+
+# -----------------------------------------------------------------------------
+# ranks
+
+def rank():
+    return int(os.environ.get('RANK', 0))
+
+
+def world_size():
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def all_reduce(tensor, average=False):
+    """Sums (or averages) a tensor over all ranks, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        if average:
+            tensor /= world_size()
+    return tensor
+
+
+def broadcast(tensor):
+    """Overwrites a tensor by rank 0's, in place; returns it."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def gather(tensor):
+    """Concatenates a tensor of one shape on every rank along its first dimension."""
+    if not dist.is_initialized():
+        return tensor
+    pieces = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(pieces, tensor.contiguous())
+    return torch.cat(pieces)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share_of_batch(batch_size, accumulate=1):
+    """How many samples of the global batch one rank takes at a time; UserError if it does not divide."""
+    if batch_size < 1 or accumulate < 1 or batch_size % (world_size() * accumulate):
+        raise UserError(f'batch_size={batch_size} is not a multiple of {world_size()} ranks × '
+                        f'accumulate={accumulate}')
+    return batch_size // (world_size() * accumulate)
+
+
+def local_slice(tensor, dim=0):
+    """This rank's contiguous part of something drawn for the global batch."""
+    return tensor.chunk(world_size(), dim)[rank()]
+
+
+def parallel(module, device):
+    """A module whose gradients are averaged over ranks; the module itself when there is one rank."""
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(module, [device] if device.type == 'cuda' else None, broadcast_buffers=False)
+
+
+# -----------------------------------------------------------------------------
+# device, precision, reproducibility
+
+def start(device='auto', seed=0):
+    """Joins the process group if torchrun started us, picks and returns the torch.device, seeds torch.
+
+    device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'mps', ... Raises UserError if it isn't there.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        if device.type == 'cuda':
+            if device.index is None:
+                device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device={device}: {str(error).splitlines()[0]}; --device=auto takes what is there') from None
+    if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(seed)
+    return device
+
+
+def has_fast_bfloat16(device):
+    """bfloat16 pays on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX; elsewhere it is emulated."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and any(torch.cpu.get_capabilities().get(name, False)
+                                        for name in ('avx512_bf16', 'amx_bf16', 'amx_tile'))
+
+
+def precision(dtype, device):
+    """(autocast context factory, gradient scaler) for dtype = 'auto', 'float32', 'bfloat16' or 'float16'.
+
+    The scaler does nothing unless dtype is float16. Raises UserError for another name.
+    """
+    if dtype == 'auto':
+        dtype = 'bfloat16' if has_fast_bfloat16(device) else 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f'--dtype={dtype}: choose auto, float32, bfloat16 or float16')
+    if dtype == 'float16' and device.type != 'cuda':
+        raise UserError('--dtype=float16 needs a GPU; choose bfloat16 or float32')
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    if dtype == 'float32':
+        return nullcontext, scaler
+    return lambda: torch.autocast(device.type, dtype=getattr(torch, dtype)), scaler
+
+
+def generator(*numbers):
+    """A CPU generator that is a function of some integers, e.g. (seed, step): resuming needs no saved state."""
+    digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+
+
+# -----------------------------------------------------------------------------
+# optimisation
+
+def learning_rate(step, steps, peak, warmup, final=0.1):
+    """Linear warm-up to `peak`, then a cosine down to final·peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (final + (1 - final) * 0.5 * (1 + torch.tensor(progress * torch.pi).cos().item()))
+
+
+def adamw(module, lr, betas, weight_decay):
+    """AdamW that decays matrices and kernels only: biases, gains, embeddings of one row are left alone."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+class SafeStep:
+    """Optimizer steps that skip what is not finite, and give up after ten in a row."""
+
+    def __init__(self, optimizer, scaler, grad_clip):
+        self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
+        self.skipped = self.in_a_row = 0
+
+    def __call__(self, parameters, lr):
+        """Clips, steps unless the gradient norm is not finite, clears the gradients. Returns the norm.
+
+        Every rank sees the same averaged gradients, so all of them skip together. Non-finite losses give
+        non-finite gradients, so this one check covers both.
+        """
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip).item()
+        if norm == norm and norm != float('inf'):
+            self.scaler.step(self.optimizer)
+            self.in_a_row = 0
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        # a float16 scaler starts too high on purpose and skips its way down: not an alarm
+        if self.in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            raise FloatingPointError('ten steps in a row had a loss or gradient that is not finite; '
+                                     'the last checkpoint is intact: lower --lr, or use --dtype=float32')
+        return norm
+
+
+# -----------------------------------------------------------------------------
+# files
+
+@contextmanager
+def atomic_write(path, mode='wb'):
+    """A file that appears whole or not at all: written beside `path`, flushed to disk, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic_write(path, 'w') as file:
+        json.dump(value, file, indent=1)
+        file.write('\n')
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dictionary of tensors and plain values; the file it replaces is kept as PATH.previous."""
+    path = Path(path)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+        if path.exists():
+            os.replace(path, previous(path))
+
+
+def previous(path):
+    return Path(path).with_name(Path(path).name + '.previous')
+
+
+def load_checkpoint(path, kind, device='cpu', made_by=''):
+    """Reads what save_checkpoint wrote; checkpoint['kind'] must equal kind.
+
+    Falls back to PATH.previous, with a warning, when the newest is truncated or gone. Never runs code from the
+    file. Raises UserError naming the file: missing (then `made_by` says which script writes it), unreadable,
+    or of another kind.
+    """
+    candidates = [file for file in (Path(path), previous(path)) if file.is_file()]
+    if not candidates:
+        raise UserError(f'{path}: no such checkpoint' + (f'; {made_by} writes it' if made_by else ''))
+    for file in candidates:
+        checkpoint = read_weights(file, device, errors=candidates[-1] == file)
+        if checkpoint is not None:
+            break
+        print(f'warning: {file} is damaged; going back to {candidates[-1]}', file=sys.stderr)
+    found = checkpoint.get('kind') if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise UserError(f'{file} holds {found or "something else"}, not {kind}')
+    return checkpoint
+
+
+def read_weights(path, device='cpu', errors=True):
+    """torch.load of tensors and plain values only. A damaged file: UserError, or None if errors=False."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except Exception as error:                 # zip, pickle and torch each raise their own kinds
+        if not errors:
+            return None
+        reason = 'it holds code, which is never run' if 'weights_only' in str(error).lower() else 'truncated or not a checkpoint'
+        raise UserError(f'{path}: can not be read ({reason})') from None
+
+
+def load_weights(module, state_dict, name):
+    """load_state_dict, with one line instead of a page when the shapes differ."""
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f'{name} does not fit this model: {lines[0][:200]} ({len(lines)} differences in all); '
+                        f'was it made with another config?') from None
+
+
+def check_same(saved, now, keys, path):
+    """UserError if a resumed run was started with other settings than the checkpoint's."""
+    for key in keys:
+        if key in saved and saved[key] != now[key]:
+            raise UserError(f'{path} was made with {key}={saved[key]!r}, this run has {now[key]!r}: '
+                            f'use the same config, or another --out_dir')
+
+
+def digest(state_dict):
+    """A short fingerprint of weights, the same on every machine: ties token files to their tokenizer."""
+    sha = hashlib.sha256()
+    for name in sorted(state_dict):
+        sha.update(name.encode())
+        sha.update(state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# logs
+
+class Log:
+    """JSON lines, one a record, written by rank 0; a resumed run drops the lines from its first step on."""
+
+    def __init__(self, path, first_step=0):
+        self.file = None
+        if rank() != 0:
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(path) if line['step'] < first_step]
+        with atomic_write(path, 'w') as file:
+            file.writelines(json.dumps(record) + '\n' for record in kept)
+        self.file = open(path, 'a', encoding='utf-8')
+
+    def __call__(self, **record):
+        if self.file:
+            self.file.write(json.dumps(record) + '\n')
+            self.file.flush()
+
+
+def read_log(path):
+    """The records of a log, leaving out a last line that a crash cut short."""
+    records = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding='utf-8').splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                pass
+    return records
+
+
+def progress(total, initial=0, label='', unit='step'):
+    """A tqdm bar on rank 0: rate and time left."""
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=rank() != 0,
+                dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 20.0, file=sys.stderr)
+
+
+def say(*words):
+    """Prints on rank 0 without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(' '.join(str(word) for word in words), file=sys.stdout)
+        sys.stdout.flush()
+
+
+# -----------------------------------------------------------------------------
+# the outermost frame
+
+def run(main):
+    """Runs a script's main(): a user's mistake is one line and status 2, a fault of the machine one line and status 1."""
+    began = time.time()
+    try:
+        main()
+        say(f'{Path(sys.argv[0]).name}: done in {time.time() - began:.0f} s')
+    except UserError as error:
+        fail(error, 2)
+    except FloatingPointError as error:
+        fail(error, 1)
+    except torch.OutOfMemoryError:
+        fail('out of GPU memory: lower --batch_size (or raise --accumulate when training)', 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f'disk full while writing {error.filename or "a file"}: free some space; what was there before is intact', 1)
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            fail(f'no permission for {error.filename}: choose another --out_dir', 2)
+        raise
+    except KeyboardInterrupt:
+        fail('interrupted', 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fail(message, status):
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    raise SystemExit(status)
