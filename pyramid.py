@@ -190,41 +190,25 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
 # -----------------------------------------------------------------------------
 # the drawing
 
-def draw(images, patch_nums, radii, kernel, column=160):
+def draw(images, patch_nums, radii, kernel, side=160):
     """A labelled PIL picture of the three rows for images (1, 3, S, S)."""
-    from PIL import Image, ImageDraw, ImageFont
-    from data import to_uint8
+    from pictures import picture_grid
 
-    rows = list(build_pyramid(images, patch_nums, radii, kernel=kernel))
-    rows[2] = [alias * 2 for alias in rows[2]]              # small: drawn at twice its contrast around grey
-    gap, head, margin = 6, 34, 150
-    font = ImageFont.load_default(13)
-    canvas = Image.new('RGB', (margin + len(patch_nums) * (column + gap), head + 3 * (column + gap)), 'white')
-    pen = ImageDraw.Draw(canvas)
-    names = ('L: defocused,\nthen sampled', 'D: only sampled', 'A = D − L\n(contrast × 2)')
-    for k, (p, radius) in enumerate(zip(patch_nums, radii)):
-        x = margin + k * (column + gap)
-        pen.text((x, 2), f'k={k + 1}  ρ={radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}', 'black', font)
-        for r, row in enumerate(rows):
-            pixels = to_uint8(row[k][0]).permute(1, 2, 0).numpy()
-            y = head + r * (column + gap)
-            canvas.paste(Image.fromarray(pixels).resize((column, column), Image.NEAREST), (x, y))
-            if k == 0:
-                pen.text((8, y + column // 2 - 14), names[r], 'black', font)
-    return canvas
+    focused, downsampled, alias = build_pyramid(images, patch_nums, radii, kernel=kernel)
+    alias = [2 * view for view in alias]                    # small: drawn at twice its contrast, around grey
+    views = [F.interpolate(view, (side, side), mode='nearest')[0] for view in focused + downsampled + alias]
+    labels = [f'k={k}  ρ={radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}'
+              for k, (p, radius) in enumerate(zip(patch_nums, radii), start=1)]
+    return picture_grid(torch.stack(views), len(patch_nums), ('L: focused', 'D: downsampled', 'A = D - L (twice)'), labels, side)
 
 
 def main():
-    from data import load_photo, normalize
-    from runtime import atomic_write
+    from pictures import load_photo, save_png
 
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
-    images = normalize(load_photo(photo, image_size))[None]
     radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
-    picture = draw(images, patch_nums, radii, kernel)
-    with atomic_write(out) as file:
-        picture.save(file, 'PNG')
+    save_png(out, draw(load_photo(photo, image_size), patch_nums, radii, kernel))
     print(f'wrote {out}: {len(patch_nums)} views of {photo}, radii ' + ' '.join(f'{r:.3g}' for r in radii))
 
 

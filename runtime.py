@@ -73,6 +73,25 @@ def local_slice(tensor, dim=0):
     return tensor.chunk(world_size(), dim)[rank()]
 
 
+def shared_noise(generator):
+    """A function shape → this rank's share of the normal noise of a global batch: N ranks see what one would."""
+    return lambda shape: local_slice(torch.randn((world_size() * shape[0], *shape[1:]), generator=generator))
+
+
+def average_gradients(module):
+    """Averages .grad over the ranks after backward: for losses made of several backward passes, which DDP's hooks miss."""
+    if dist.is_initialized():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                all_reduce(parameter.grad, average=True)
+
+
+def mean_terms(terms):
+    """{name: float}, the scalar loss terms averaged over the ranks."""
+    values = all_reduce(torch.stack([terms[name].detach().float() for name in terms]), average=True)
+    return dict(zip(terms, values.tolist()))
+
+
 def parallel(module, device):
     """A module whose gradients are averaged over ranks; the module itself when there is one rank."""
     if not dist.is_initialized():
@@ -324,10 +343,20 @@ def read_log(path):
     return records
 
 
-def progress(total, initial=0, label='', unit='step'):
-    """A tqdm bar on rank 0: rate and time left."""
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=rank() != 0,
-                dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 20.0, file=sys.stderr)
+class progress(tqdm):
+    """A bar over steps on rank 0 that shows time left and images a second (`scale` images a step)."""
+
+    def __init__(self, total, initial=0, label='', unit='img', scale=1):
+        self.scale = scale
+        super().__init__(total=total, initial=initial, desc=label, unit=unit, disable=rank() != 0, dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 30.0, file=sys.stderr,
+                         bar_format='{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {images}]{postfix}')
+
+    @property
+    def format_dict(self):
+        values = super().format_dict
+        rate = values['rate'] or (values['n'] - values['initial']) / max(values['elapsed'], 1e-9)
+        return values | {'images': f'{rate * self.scale:.0f} {self.unit}/s'}
 
 
 def say(*words):

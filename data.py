@@ -1,0 +1,498 @@
+"""Pictures and tokens: the embedded charts, folders of images, token files, and the order they come in.
+
+    train = open_dataset('charts', 'train', image_size=32)            # made here, nothing to download
+    train = open_dataset('path/to/folder', 'train', image_size=256)   # train/<class>/*.jpg, val/<class>/*.jpg
+    for images, labels in batches(train, batch_size=64, seed=0): ...  # endless
+    for images, labels in in_order(val, batch_size=64): ...           # once
+
+Pictures stay uint8 (3, S, S) until the device has them; normalize() makes them float in [−1, 1]. What
+sample comes when, and how it is cropped, depends on (seed, sample number) alone: a run that resumes at
+another batch, or on another number of ranks, sees what it would have seen.
+"""
+import itertools
+import json
+import math
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from configurator import UserError
+
+
+def normalize(images):
+    """uint8 images of any shape → float32 in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Images in [−1, 1] of any shape → uint8, rounded; values outside are clamped. Undoes normalize()."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# -----------------------------------------------------------------------------
+# charts: how each is drawn
+#
+# A chart is ink on paper. x (1, T) and y (T, 1) are the coordinates of a grid four times finer than the
+# picture; the unit is the side of the picture, so that a chart is the same drawing at every size. Each
+# function takes a generator and the grid and returns layers of ink (n, T, T) in [0, 1], or one (T, T).
+
+SUPERSAMPLING = 4
+
+
+def cover(distance):
+    """Ink (T, T) of a shape, from the signed distance to its edge: positive inside, unit = the picture's side.
+
+    The edge is one fine sample soft. That, and not more samples, is what makes 4 × 4 samples enough; and
+    where structure is finer than a sample the distance tends to zero, so it fades to grey by itself.
+    """
+    return np.clip(distance * len(distance) + 0.5, 0, 1)
+
+
+def place(rng, x, y, shift, turn=math.pi):
+    """The grid's coordinates (T, T) seen from a random centre (± shift sides) and angle (± turn radians)."""
+    x, y = x - rng.uniform(-shift, shift), y - rng.uniform(-shift, shift)
+    angle = rng.uniform(-turn, turn)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return cosine * x + sine * y, cosine * y - sine * x
+
+
+def stripes(t, period, inked=0.5):
+    """Signed distance to the edges of stripes across t; inked is the share of a period they cover."""
+    return period * (inked / 2 - np.abs(t / period - np.floor(t / period) - 0.5))
+
+
+def siemens_star(rng, x, y):
+    u, v = place(rng, x, y, shift=0.12)
+    spokes = int(rng.integers(5, 11))
+    return cover(np.sin(spokes * np.arctan2(v, u)) * np.sqrt(u * u + v * v) / spokes)
+
+
+def zone_plate(rng, x, y):
+    u, v = place(rng, x, y, shift=0.12)
+    # cycles a side at half a side from the centre; 32 px carry 16, so the corners come close to that
+    frequency, phase = rng.uniform(8, 12), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
+    return 0.5 + 0.5 * np.cos(2 * math.pi * frequency * (u * u + v * v) + phase)
+
+
+def line_grating(rng, x, y):
+    u, _ = place(rng, x, y, shift=0.5)
+    return cover(stripes(u, period=rng.uniform(0.09, 0.25), inked=rng.uniform(0.35, 0.65)))
+
+
+def checkerboard(rng, x, y):
+    u, v = place(rng, x, y, shift=0.5)
+    square = rng.uniform(0.11, 0.25)
+    columns, rows = stripes(u, 2 * square), stripes(v, 2 * square)
+    return cover(np.maximum(np.minimum(columns, rows), -np.maximum(columns, rows)))
+
+
+def halftone_dots(rng, x, y):
+    u, v = place(rng, x, y, shift=0.5)
+    cell, towards = rng.uniform(0.13, 0.2), rng.uniform(-math.pi, math.pi)
+    centre_u, centre_v = (np.floor(u / cell) + 0.5) * cell, (np.floor(v / cell) + 0.5) * cell
+    tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
+    return cover(cell * (0.16 + 0.32 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
+
+
+def text(rng, x, y):
+    side = len(y)
+    height = int(rng.integers(26, 45)) / 128                # whole fine samples from 32 px up
+    sheet = Image.new('L', (side, side))
+    draw = ImageDraw.Draw(sheet)
+    top = -rng.uniform(0, 0.7) * height
+    while top < 1:
+        left = -rng.uniform(0, 1) * height
+        while left < 1:
+            letter = LETTERS[rng.integers(len(LETTERS))]
+            draw.text((left * side, top * side), letter, fill=255, font=font(round(height * side)))
+            left += font(128).getlength(letter) / 128 * height      # at another size hinting would move it
+        top += 1.05 * height
+    sheet = sheet.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    return np.asarray(sheet, np.float32) / 255
+
+
+LETTERS = 'ABDEFGHKLMNPRSTXYZabdeghkmnrstxz23456789' + 8 * ' '
+
+
+@lru_cache
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def brick(rng, x, y):
+    u, v = place(rng, x, y, shift=0.5, turn=0.26)
+    height, length, mortar = rng.uniform(0.14, 0.24), rng.uniform(2, 2.6), rng.uniform(0.18, 0.28)
+    odd_row = np.floor(v / height) % 2
+    return cover(np.minimum(stripes(v, height, 1 - mortar),
+                            stripes(u + odd_row * (length * height / 2), length * height, 1 - mortar / length)))
+
+
+def concentric_rings(rng, x, y):
+    u, v = place(rng, x, y, shift=0.25)
+    period = rng.uniform(0.17, 0.28)
+    return cover(stripes(np.sqrt(u * u + v * v) + period * rng.random(), period, inked=rng.uniform(0.4, 0.6)))
+
+
+def slanted_edge(rng, x, y):
+    u, _ = place(rng, x, y, shift=0.2)
+    return cover(u)
+
+
+def blobs(rng, x, y):
+    layers = []
+    for _ in range(rng.integers(3, 7)):
+        radius, left, top = rng.uniform(0.07, 0.16), *rng.uniform(0.08, 0.92, size=2)
+        bell_x = np.exp(-0.5 * ((x + 0.5 - float(left)) / radius) ** 2)
+        bell_y = np.exp(-0.5 * ((y + 0.5 - float(top)) / radius) ** 2)
+        layers.append(bell_y * bell_x)
+    return np.stack(layers)
+
+
+CHARTS = (siemens_star, zone_plate, line_grating, checkerboard, halftone_dots,
+          text, brick, concentric_rings, slanted_edge, blobs)
+
+
+# -----------------------------------------------------------------------------
+# charts: the data set
+
+def luminance(colour):
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def random_colour(rng, wanted):
+    """A uniformly drawn RGB colour (3,) in [0, 1] whose luminance is wanted(luminance)."""
+    while True:
+        colour = rng.random(3, dtype=np.float32)
+        if wanted(luminance(colour)):
+            return colour
+
+
+@lru_cache(maxsize=4)
+def fine_grid(image_size):
+    fine = image_size * SUPERSAMPLING
+    t = ((np.arange(fine) + 0.5) / fine - 0.5).astype(np.float32)
+    return t[None, :], t[:, None]
+
+
+def draw_chart(rng, label, image_size):
+    """One chart (3, S, S), uint8: ink averaged over 4 × 4 fine samples, then painted on the paper."""
+    paper = random_colour(rng, lambda light: abs(light - 0.5) > 0.15)        # mid-grey leaves no room for contrast
+    layers = CHARTS[label](rng, *fine_grid(image_size))
+    layers = layers.reshape(-1, image_size, SUPERSAMPLING, image_size, SUPERSAMPLING).mean((2, 4))
+    picture = np.broadcast_to(paper[:, None, None], (3, image_size, image_size))
+    for ink in layers:
+        colour = random_colour(rng, lambda light: abs(light - luminance(paper)) > 0.4)
+        picture = picture + ink * (colour[:, None, None] - picture)
+    return np.rint(255 * picture).astype(np.uint8)
+
+
+class Charts(Dataset):
+    """Ten classes of optical test charts, anti-aliased at the source and kept in memory.
+
+    Image i depends on (seed, split, i) only, and is the same drawing at every image_size (but for the hinting
+    of letters). Labels cycle through the classes. images (N, 3, S, S) uint8; labels (N,) int64; dataset[i] is
+    (image, label). UserError for a split other than 'train' and 'val', and for sizes or counts below 1.
+    """
+    classes = [chart.__name__ for chart in CHARTS]
+    skipped = frozenset()
+
+    def __init__(self, split, image_size, count, seed=0):
+        if split not in ('train', 'val'):
+            raise UserError(f"charts have no split {split!a}; take 'train' or 'val'")
+        if image_size < 1 or count < 1 or seed < 0:
+            raise UserError(f'charts need image_size and count of 1 or more and a seed of 0 or more; '
+                            f'got {image_size}, {count}, {seed}')
+        images = np.empty((count, 3, image_size, image_size), np.uint8)
+        for i in range(count):
+            rng = np.random.default_rng((seed, ('train', 'val').index(split), i))
+            images[i] = draw_chart(rng, i % len(CHARTS), image_size)
+        self.images = torch.from_numpy(images)
+        self.labels = torch.arange(count) % len(CHARTS)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        index, _ = index_and_position(key)
+        return self.images[index], int(self.labels[index])
+
+
+def index_and_position(key):
+    """A data set's key is an index, or (index, position): position numbers the samples of a whole run."""
+    return key if isinstance(key, tuple) else (key, None)
+
+
+# -----------------------------------------------------------------------------
+# folders of images
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+
+
+def class_folders(folder):
+    try:
+        return sorted(name for name in os.listdir(folder)
+                      if os.path.isdir(os.path.join(folder, name)) and not name.startswith('.'))
+    except OSError as error:
+        raise UserError(f'{folder!a} can not be read: {error.strerror}') from None
+
+
+def pictures_below(folder):
+    """Paths of all pictures in a folder and the folders in it, sorted. Links are followed, each target once."""
+    seen, files = set(), []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        target = os.path.realpath(where)
+        if target in seen:                                  # a link back up would go round for ever
+            folders.clear()
+            continue
+        seen.add(target)
+        folders.sort()
+        files += [os.path.join(where, name) for name in names
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
+    return sorted(files)
+
+
+def read_picture(path, least_side):
+    """The file as an upright RGB PIL image, transparency over white, animations' first frame.
+
+    A JPEG may come at 1/2, 1/4 or 1/8 of its size, but never with a shorter side below least_side (px).
+    Raises whatever Pillow does on a file that can not be read; it has no common error class.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                     # odd EXIF and the like: the pixels are fine
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image.draft(None, (least_side, least_side))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):                  # 16-bit grey, which convert() would clip at 255
+                grey = np.asarray(image).astype(np.float32) / 257
+                image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            return image.convert('RGB')
+
+
+def square_crop(image, size, side, across=0.5, down=0.5):
+    """A square of a PIL RGB image as a uint8 tensor (3, size, size): Lanczos cuts and resizes in one pass.
+
+    side: of the square, in pixels of the image (at most its shorter side). across and down in [0, 1] say where
+    it lies in the room there is: 0 left or top, 0.5 centred. What lies outside the square is never computed.
+    """
+    width, height = image.size
+    left, top = across * (width - side), down * (height - side)
+    box = (left, top, min(left + side, width), min(top + side, height))
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ImageFolder(Dataset):
+    """Pictures in root/split/<class>/, at any depth: jpg, jpeg, png, webp or bmp in any case.
+
+    dataset[index] is the centre crop and the label; dataset[index, position] is a random crop (mirrored half
+    of the time if flip) drawn from (seed, position), unless augment is False. Crops are uint8 (3, S, S), from
+    the picture with its shorter side at 1.125 S. classes are root/train's where that exists, so that labels
+    mean the same in every split. files: list of paths; labels (N,) int64.
+
+    A file that can not be read is skipped: named in one warning, kept in `skipped`, and the next readable
+    file stands in. UserError for a missing root or split, no class, an empty class, a class that train does
+    not have, and when no file at all can be read.
+    """
+
+    def __init__(self, root, split, image_size, augment=True, flip=False, seed=0):
+        if image_size < 1 or seed < 0:
+            raise UserError(f'image_size must be 1 or more and seed 0 or more; got {image_size}, {seed}')
+        root = os.path.expanduser(root)
+        folder, train = os.path.join(root, split), os.path.join(root, 'train')
+        if not os.path.isdir(root):
+            raise UserError(f"{root!a}: no such folder; data is 'charts' or a folder with train/<class>/*.jpg "
+                            f'and val/<class>/*.jpg')
+        if not os.path.isdir(folder):
+            raise UserError(f'{root!a} has no split {split!a}; put its pictures in {split}/<class>/')
+        names = class_folders(folder)
+        if not names:
+            raise UserError(f'{folder!a} has no class folders; put its pictures in {split}/<class>/')
+        self.classes = class_folders(train) if os.path.isdir(train) else names
+
+        self.files, labels = [], []
+        for name in names:
+            if name not in self.classes:
+                raise UserError(f'class {name!a} of {folder!a} is not in train; rename it or add it there')
+            files = pictures_below(os.path.join(folder, name))
+            if not files:
+                raise UserError(f'class {name!a} of {folder!a} has no pictures (jpg, jpeg, png, webp, bmp); '
+                                f'add some or remove the folder')
+            self.files += files
+            labels += [self.classes.index(name)] * len(files)
+        self.labels = torch.tensor(labels)
+        self.image_size, self.augment, self.flip, self.seed = image_size, augment, flip, seed
+        self.resized_side = round(1.125 * image_size)
+        self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()    # workers report here
+
+    @property
+    def skipped(self):
+        """Indices of the files found unreadable so far, by this process or a loader worker."""
+        return set(self.unreadable.nonzero().flatten().tolist())
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        index, position = index_and_position(key)
+        index = range(len(self))[index]                     # IndexError past the end
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
+            image = self.load(candidate)
+            if image is not None:
+                return self.crop(image, position), int(self.labels[candidate])
+        raise UserError(f'none of the {len(self)} pictures can be read; the warnings say why, '
+                        f'{self.files[0]!a} is the first')
+
+    def load(self, index):
+        """The whole picture as an upright RGB PIL image, or None (and a warning, once) if it can not be read."""
+        try:
+            # twice what is needed: the last halving is Lanczos's, which is better at it than the JPEG decoder
+            return read_picture(self.files[index], 2 * self.resized_side)
+        except Exception as error:                          # Pillow raises nearly anything on a broken file
+            if not self.unreadable[index]:
+                warnings.warn(f'skipped {self.files[index]!a}: {type(error).__name__}: {error}')
+            self.unreadable[index] = True
+            return None
+
+    def crop(self, image, position=None):
+        """A uint8 (3, S, S) crop of a PIL image: at the centre, or for a position drawn from (seed, position)."""
+        across, down, mirror = 0.5, 0.5, 1.0
+        if self.augment and position is not None:
+            across, down, mirror = np.random.default_rng((self.seed, position)).random(3)
+        side = min(image.size) * self.image_size / self.resized_side
+        crop = square_crop(image, self.image_size, side, across, down)
+        return crop.flip(-1) if self.flip and mirror < 0.5 else crop
+
+
+def open_dataset(data, split, image_size, count=None, augment=True, seed=0):
+    """'charts' (count images, by default 12,000 for train and 1,000 for val) or a folder of images (all of them)."""
+    if data == 'charts':
+        return Charts(split, image_size, count or (12_000 if split == 'train' else 1_000), seed)
+    return ImageFolder(data, split, image_size, augment, seed=seed)
+
+
+# -----------------------------------------------------------------------------
+# the order of things
+
+@lru_cache(maxsize=2)                                       # a batch looks at one epoch, rarely at two
+def permutation(count, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class EndlessBatches:
+    """Batch sampler: the data order as a function of (seed, batch number), with no state to save.
+
+    Samples are numbered through an endless run of permutations of the data, one an epoch. Global batch b
+    is samples b·batch_size … (b+1)·batch_size − 1, and each rank takes its contiguous share. Yields lists of
+    (index, position), position being the sample's number, from batch `start` on. A batch may span epochs.
+    UserError if batch_size is not a multiple of world_size, or seed is negative.
+    """
+
+    def __init__(self, count, batch_size, seed, rank=0, world_size=1, start=0):
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f'batch_size={batch_size} is not a multiple of {world_size} ranks; '
+                            f'take {max(1, round(batch_size / world_size)) * world_size}')
+        if seed < 0:
+            raise UserError(f'seed must be 0 or more; got {seed}')
+        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+        self.share, self.rank = batch_size // world_size, rank
+
+    def __iter__(self):
+        return map(self.batch, itertools.count(self.start))
+
+    def batch(self, number):
+        """This rank's keys of global batch `number`."""
+        first = number * self.batch_size + self.rank * self.share
+        return [(self.sample(position), position) for position in range(first, first + self.share)]
+
+    def sample(self, position):
+        epoch, place_in_epoch = divmod(position, self.count)
+        return int(permutation(self.count, self.seed, epoch)[place_in_epoch])
+
+
+def batches(dataset, batch_size, seed, rank=0, world_size=1, start=0, workers=0):
+    """Endless iterator over this rank's (images (b, 3, S, S) uint8, labels (b,) int64), b = batch_size / world_size.
+
+    The order is EndlessBatches'. Charts are indexed in memory; folders are read by `workers` processes.
+    """
+    return fetch(dataset, EndlessBatches(len(dataset), batch_size, seed, rank, world_size, start), workers)
+
+
+def in_order(dataset, batch_size, workers=0):
+    """Iterator over every item once, centre crops, in batches as above; the last may be short."""
+    indices = range(len(dataset))
+    return fetch(dataset, [indices[i:i + batch_size] for i in range(0, len(dataset), batch_size)], workers)
+
+
+def fetch(dataset, batches_of_keys, workers):
+    if isinstance(dataset, Charts):
+        for keys in batches_of_keys:
+            indices = [index_and_position(key)[0] for key in keys]
+            yield dataset.images[indices], dataset.labels[indices]
+        return
+    # fork, because a spawned worker would import, and so run, the script that wants the data; and a
+    # generator of its own, because the loader would otherwise draw from the one that training restores
+    loader = DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, generator=torch.Generator(),
+                        multiprocessing_context='fork' if workers else None)
+    try:
+        yield from loader
+    except UserError as error:                              # a worker's comes wrapped in its traceback
+        raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+
+
+# -----------------------------------------------------------------------------
+# token files
+
+class TokenDataset:
+    """What encode.py wrote: {folder}/{split}.bin, one uint16 row a picture, and {folder}/{split}.json about it.
+
+    A row holds the structure tokens of every scale (L = Σ p² over patch_nums), then the alias tokens (La, over
+    alias_patch_nums), then the label. meta is the json as a dict; classes the class names. UserError for
+    missing files, a file of another size than the json says, and tokens or labels out of range.
+    """
+
+    def __init__(self, folder, split):
+        folder = Path(folder).expanduser()
+        self.path, description = folder / f'{split}.bin', folder / f'{split}.json'
+        if not (self.path.is_file() and description.is_file()):
+            raise UserError(f'no token files {split}.bin and {split}.json in {str(folder)!a}; run encode.py')
+        try:
+            self.meta = json.loads(description.read_text(encoding='utf-8'))
+            self.classes, self.rows, columns = self.meta['classes'], self.meta['rows'], self.meta['columns']
+            self.structure_length = sum(p * p for p in self.meta['patch_nums'])
+            self.alias_length = sum(p * p for p in self.meta['alias_patch_nums'])
+            self.limits = self.meta['vocab_size'], self.meta['alias_vocab_size'], len(self.classes)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{str(description)!a} is damaged ({type(error).__name__}: {error}); '
+                            f'run encode.py again') from None
+        if columns != self.structure_length + self.alias_length + 1 or self.rows < 1:
+            raise UserError(f'{str(description)!a} does not add up: {self.rows} rows of {columns} tokens; '
+                            f'run encode.py again')
+        size, wanted = self.path.stat().st_size, self.rows * columns * 2
+        if size != wanted:
+            raise UserError(f'{str(self.path)!a} has {size} bytes instead of {wanted}: '
+                            f'truncated, or of another run; run encode.py again')
+        self.tokens = np.memmap(self.path, dtype='<u2', mode='r', shape=(self.rows, columns))
+
+    def __len__(self):
+        return self.rows
+
+    def batch(self, rows):
+        """Rows (ndarray or list of indices) → structure (B, L), alias (B, La), labels (B,): int64 tensors."""
+        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        parts = tokens.split((self.structure_length, self.alias_length, 1), dim=1)
+        for name, part, limit in zip(('structure tokens', 'alias tokens', 'labels'), parts, self.limits):
+            if part.numel() and part.max() >= limit:
+                raise UserError(f'{str(self.path)!a}: {name} up to {int(part.max())} where there are only {limit}: '
+                                f'damaged; run encode.py again')
+        structure, alias, label = parts
+        return structure, alias, label.squeeze(1)

@@ -1,0 +1,137 @@
+"""Images → token files, once, so that stage 2 never runs a tokenizer's encoder.
+
+    python encode.py config/charts.py
+    torchrun --nproc_per_node=8 encode.py --out_dir=out-tokenizer_256 --crops=10
+
+Reads out_dir/tokenizer.pt; writes out_dir/tokens/{train,val}.bin and .json. A row of the uint16 file is one crop of
+one image: structure tokens r_1 … r_K, alias tokens a_1 … a_{K−1}, label. An interrupted run goes on where it stopped
+when the same command is given again.
+"""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import runtime
+from configurator import UserError, configure
+from data import fetch, normalize, open_dataset
+from tokenizer import load_tokenizers
+
+# input and output
+out_dir = 'out'                 # where tokenizer.pt lies and tokens/ goes
+data = ''                       # images (default: what the tokenizer was trained on)
+crops = 1                       # random crops a training image; validation has one, the centre
+workers = 0                     # processes that decode images
+# system
+batch_size = 128                # images at a time
+device = 'auto'                 # auto | cpu | cuda
+dtype = 'auto'                  # auto | float32 | bfloat16 | float16
+seed = 0                        # of the crops, and of the noise of Eq. 3
+config = configure(globals())
+
+# The label is the last number of a row and is written last; these two stand there instead of one.
+NOT_YET, UNREADABLE = 65535, 65534
+
+
+class Rows(torch.utils.data.Dataset):
+    """Row → (image, label) of a data set: row = crop · len(dataset) + index; an unreadable file has label UNREADABLE."""
+
+    def __init__(self, dataset, random_crops):
+        self.dataset, self.random_crops = dataset, random_crops
+
+    def __getitem__(self, row):
+        index = row % len(self.dataset)
+        image, label = self.dataset[(index, row) if self.random_crops else index]
+        return image, UNREADABLE if index in self.dataset.skipped else label
+
+
+def reserve(path, rows, columns):
+    """A file of rows · columns uint16 with every label NOT_YET; its space is claimed now, so that a full disk
+    shows here as an error and not later as a crash inside a memory map."""
+    size = rows * columns * 2
+    with open(path, 'wb') as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            path.unlink()
+            raise
+    np.memmap(path, np.uint16, 'r+', shape=(rows, columns))[:, -1] = NOT_YET
+
+
+def compact(path, table):
+    """Drops the rows of unreadable images, if any; returns how many rows are left."""
+    good = np.flatnonzero(table[:, -1] != UNREADABLE)
+    if len(good) < len(table):
+        for first in range(0, len(good), 4096):             # rows only move up, so this is safe in place
+            table[first:first + len(good[first:first + 4096])] = table[good[first:first + 4096]]
+        table.flush()
+        os.truncate(path, len(good) * table.shape[1] * 2)
+    return len(good)
+
+
+def encode_split(split, structure, alias, stage1, dev, autocast):
+    dataset = open_dataset(data or stage1['config']['data'], split, structure.image_size, augment=split == 'train')
+    per_image = crops if split == 'train' else 1
+    lengths = [p * p for p in structure.patch_nums]
+    rows, columns = len(dataset) * per_image, sum(lengths) + sum(lengths[:-1]) + 1
+    meta = {'rows': rows, 'columns': columns, 'patch_nums': list(structure.patch_nums),
+            'alias_patch_nums': list(alias.patch_nums), 'vocab_size': structure.quantizer.codebook.num_embeddings,
+            'alias_vocab_size': alias.vocab_size, 'classes': dataset.classes, 'data': data or stage1['config']['data'],
+            'crops': per_image, 'seed': seed, 'batch_size': batch_size, 'tokenizer': runtime.digest(structure.state_dict()),
+            'alias_tokenizer': runtime.digest(alias.state_dict())}
+    if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
+        raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')
+
+    final, folder = Path(out_dir, 'tokens', f'{split}.bin'), Path(out_dir, 'tokens')
+    partial, partial_meta = final.with_suffix('.partial'), folder / f'{split}.partial.json'
+    if runtime.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = json.loads(partial_meta.read_text()) if partial_meta.is_file() else None
+        if begun != meta or not partial.is_file():
+            partial_meta.unlink(missing_ok=True)
+            reserve(partial, rows, columns)
+            runtime.write_json(partial_meta, meta)
+    runtime.barrier()
+    table = np.memmap(partial, np.uint16, 'r+', shape=(rows, columns))
+
+    batches = [range(first, min(first + batch_size, rows)) for first in range(0, rows, batch_size)][runtime.rank()::runtime.world_size()]
+    undone = [batch for batch in batches if (table[batch.start:batch.stop, -1] == NOT_YET).any()]
+    supply = fetch(Rows(dataset, random_crops=split == 'train'), undone, workers)
+    bar = runtime.progress(len(batches), len(batches) - len(undone), f'encode {split}', scale=batch_size * runtime.world_size())
+    for batch, (images, labels) in zip(undone, supply):
+        images = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
+        noise = runtime.generator(seed, split == 'train', batch.start)
+        with autocast():
+            maps = structure.encode(images, noise) + alias.encode(images, noise)
+        table[batch.start:batch.stop] = torch.cat([*maps, labels[:, None].to(dev)], 1).cpu().numpy()
+        bar.update()
+    bar.close()
+    table.flush()
+    runtime.barrier()
+
+    if runtime.rank() == 0:
+        kept = compact(partial, table)
+        if kept < rows:
+            runtime.say(f'warning: {rows - kept} of {rows} rows of {split} left out: their images can not be read')
+        final.with_suffix('.json').unlink(missing_ok=True)   # the old pair goes before the new one comes
+        os.replace(partial, final)
+        runtime.write_json(final.with_suffix('.json'), meta | {'rows': kept})
+        partial_meta.unlink()
+        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
+    runtime.barrier()
+
+
+def main():
+    dev = runtime.start(device, seed)
+    autocast, _ = runtime.precision(dtype, dev)
+    if crops < 1 or batch_size < 1:
+        raise UserError(f'--crops={crops} --batch_size={batch_size}: both must be at least 1')
+    structure, alias, stage1 = load_tokenizers(f'{out_dir}/tokenizer.pt', dev)
+    for split in ('train', 'val'):
+        encode_split(split, structure, alias, stage1, dev, autocast)
+
+
+if __name__ == '__main__':
+    runtime.run(main)

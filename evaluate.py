@@ -1,0 +1,564 @@
+"""Figures of a finished run: of the tokenizer, of the student, and of pictures it generates.
+
+    python evaluate.py                                          # everything about out/, sampling as it goes
+    python evaluate.py --out_dir=out-d16 --per_class=50 --dtype=auto
+    python evaluate.py --parts=tokenizer                        # before there is a student
+    python evaluate.py --samples=samples.npz                    # pictures made elsewhere: .npz (arr_0), or a folder of PNGs
+
+tokenizer  PSNR and SSIM of held-out images, perplexity of every token map, distance of reconstructions
+student    held-out cross-entropy in nats a token for every token map, bits an image
+samples    FID, IS, precision and recall by torch-fidelity, when the Inception weights are on disk. Without them
+           FD-cnn, the Fréchet distance between features of a small CNN trained here on the data: it compares runs on
+           the same data, and must never be called FID. `recognised` is the share the CNN assigns to their class.
+
+Every distance stands beside that of reconstructions (what the tokenizer alone costs) and of real images that are not
+in the reference (the floor: what as many perfect samples would get). Prints tables; writes out_dir/results.json.
+"""
+import hashlib
+import math
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import runtime
+from configurator import UserError, configure
+from data import TokenDataset, fetch, normalize, open_dataset, pictures_below, read_picture, to_uint8
+from model import load_student
+from tokenizer import load_tokenizers
+
+# input and output
+out_dir = 'out'                 # where student.pt lies and results.json goes
+parts = 'tokenizer,student,samples'  # what to evaluate
+tokenizer = ''                  # tokenizer.pt (default: the one in out_dir)
+tokens = ''                     # folder of encode.py's token files (default: tokens beside tokenizer.pt)
+# real images
+data = ''                       # images (default: what the tokenizer was trained on)
+reference = 'train'             # split that distances are measured to; the other one gives the floor
+real_images = 12_000            # images of a split at most, all classes alike; 0 is all (they are kept in memory)
+workers = 0                     # processes that decode images of a folder
+# generated images; the defaults are VAR's
+samples = ''                    # folder of PNGs (class folders or flat) or .npz (default: sample here)
+per_class = 100                 # how many of each class to sample; published FIDs: 50 of 1000 classes
+cfg = 1.5                       # guidance strength, ramped up over the token maps; 0 is none
+top_k = 900                     # most likely codes kept; 0 is all
+top_p = 0.96                    # probability kept; 0 is all
+# distances
+distance = 'auto'               # fid | cnn | auto: fid if the Inception weights are on disk, else cnn
+inception_weights = 'weights/weights-inception-2015-12-05-6726825d.pth'  # torch hub's folder is looked in as well
+cnn_file = ''                   # trained CNN (default: cnn.pt in out_dir); runs that share one can be compared
+cnn_steps = 300                 # optimizer steps of the CNN
+cnn_batch = 64                  # images a step
+cnn_lr = 5e-3                   # peak learning rate
+cnn_seed = 0                    # another one shows how much FD-cnn depends on the CNN
+# system
+batch_size = 50                 # images at a time
+device = 'auto'                 # auto | cpu | cuda
+dtype = 'float32'               # auto | float32 | bfloat16 | float16, of tokenizer and student; the CNN is float32
+seed = 0                        # of the samples
+config = configure(globals())
+
+
+# -----------------------------------------------------------------------------
+# two images
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB, the mean over the images of each one's own. a, b (B, 3, H, W) in [−1, 1].
+
+    The peak is 2, the width of the range. Equal images have inf.
+    """
+    error = (a.float() - b.float()).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error)).mean().item()
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004), mean over images, channels and windows. a, b (B, C, H, W) in [−1, 1].
+
+    11 × 11 Gaussian windows of σ = 1.5 that lie inside the image, K₁ = 0.01, K₂ = 0.03, range 2; on each colour
+    channel, at full size. Raises UserError for images smaller than a window.
+    """
+    H, W = a.shape[-2:]
+    if min(H, W) < 11:
+        raise UserError(f'SSIM needs images of at least 11 × 11 pixels, got {H} × {W}')
+    window = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / (2 * 1.5 ** 2))
+    window = window / window.sum()
+    # windowed means as matrix products: float64, because variances are small differences of large numbers
+    down, across = (torch.eye(n, dtype=torch.float64).unfold(1, 11, 1) @ window for n in (H, W))   # (n, n − 10)
+
+    def mean(x):
+        return down.T @ x @ across
+
+    a, b = a.cpu().double(), b.cpu().double()
+    mean_a, mean_b = mean(a), mean(b)
+    variance_a, variance_b = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2
+    covariance = mean(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                  / ((mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2)))
+    return similarity.mean().item()
+
+
+# -----------------------------------------------------------------------------
+# two sets of images
+
+def statistics(features):
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64. Raises UserError for N < 2."""
+    if len(features) < 2:
+        raise UserError(f'a Fréchet distance needs at least 2 images, got {len(features)}')
+    features = features.double()
+    mu = features.mean(0)
+    return mu, (features - mu).T @ (features - mu) / (len(features) - 1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), as Heusel et al. 2017 define FID. Means (D,), covariances (D, D).
+
+    Σ₁Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no matrix needs an inverse and singular ones are fine.
+    """
+    mu1, sigma1, mu2, sigma2 = (t.double() for t in (mu1, sigma1, mu2, sigma2))
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap).clamp(min=0).item()
+
+
+def torch_fidelity_metrics(generated, real, weights_path, device='cpu', batch_size=50, cache='', names=(None, None)):
+    """FID, Inception score, precision and recall (k = 3) of generated against real images, by torch-fidelity.
+
+    generated, real: uint8 (N, 3, H, W), N ≥ 10 each (IS takes ten parts). weights_path: Inception's weights on disk.
+    cache, names: a folder, and names of the two sets in it, so that a set compared twice is looked at once.
+    UserError for smaller sets.
+    """
+    if min(len(generated), len(real)) < 10:
+        raise UserError(f'{len(generated)} and {len(real)} images: FID, IS, precision and recall need at least 10 on both sides')
+    from torch_fidelity import calculate_metrics
+
+    class Pictures(torch.utils.data.TensorDataset):         # items must be tensors, not tuples of one
+        def __getitem__(self, index):
+            return self.tensors[0][index]
+
+    found = calculate_metrics(
+        input1=Pictures(generated), input2=Pictures(real), isc=True, fid=True, prc=True,
+        feature_extractor='inception-v3-compat', feature_extractor_weights_path=str(weights_path),
+        input1_cache_name=names[0], input2_cache_name=names[1], cache=bool(cache), cache_root=str(cache) or None,
+        cuda=torch.device(device).type == 'cuda', batch_size=batch_size, save_cpu_ram=True, verbose=False)
+    return {'fid': found['frechet_inception_distance'], 'isc': found['inception_score_mean'],
+            'precision': found['precision'], 'recall': found['recall']}
+
+
+def find_inception():
+    """(path, '') of the Inception weights, or ('', one line that says which file is missing where).
+
+    Raises UserError for a file that is not the published one: a number from other weights is not FID.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+    except ImportError as error:
+        return '', f'torch-fidelity can not be imported ({error}): pip install -r requirements.txt'
+    name = os.path.basename(url)
+    for path in (inception_weights, os.path.join(torch.hub.get_dir(), 'checkpoints', name)):
+        if os.path.isfile(path):
+            sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            if not sha256.startswith(name.split('-')[-1].removesuffix('.pth')):     # torch hub's way of naming files
+                raise UserError(f'{path} is truncated or another file: get {url} again, or use --distance=cnn')
+            return path, ''
+    return '', f'the Inception weights are not on disk: put {url} at {inception_weights}'
+
+
+# -----------------------------------------------------------------------------
+# the CNN behind FD-cnn
+
+class SmallCNN(nn.Module):
+    """A small classifier of pictures: four 3×3 convolutions with BatchNorm, and the mean over the picture as features.
+
+    Images (B, 3, S, S) in [−1, 1]; those wider than 64 px are averaged down to 64.
+    """
+
+    def __init__(self, num_classes, width=32):
+        super().__init__()
+        layers, shapes = [], [(3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
+        for width_in, width_out, stride in shapes:
+            layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(4 * width, num_classes)
+
+    def features(self, x):
+        """(B, 3, S, S) → (B, 4·width)."""
+        if x.shape[-1] > 64:
+            x = F.interpolate(x, (64, 64), mode='area')
+        return self.layers(x).mean((2, 3))
+
+    def forward(self, x):
+        """(B, 3, S, S) → class logits (B, num_classes)."""
+        return self.head(self.features(x))
+
+
+def train_cnn(images, labels, num_classes, steps=300, batch=64, lr=5e-3, augment=False, device='cpu', seed=0):
+    """A SmallCNN in eval mode, trained on images uint8 (N, 3, S, S) with labels (N,). The same seed gives the same CNN.
+
+    augment: mirror half of the images and shift all by up to an eighth: for photographs, where mirrored and shifted
+    is still the same class.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cnn = SmallCNN(num_classes)
+    cnn = cnn.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(cnn.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    generator = runtime.generator(seed, 6)
+    shift = images.shape[-1] // 8
+    bar = runtime.progress(steps, label='cnn', scale=batch)
+    for _ in range(steps):
+        picks = torch.randint(len(images), (batch,), generator=generator)
+        x = normalize(images[picks].to(device)).contiguous(memory_format=torch.channels_last)
+        if augment:
+            mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+            top, left = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
+            x = torch.where(mirrored.to(device), x.flip(-1), x)
+            x = F.pad(x, 4 * [shift], mode='reflect')[:, :, top:top + images.shape[-2], left:left + images.shape[-1]]
+        loss = F.cross_entropy(cnn(x), labels[picks].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.update()
+    bar.close()
+    return cnn.eval()
+
+
+@torch.no_grad()
+def look(cnn, images):
+    """Features (N, D) and predicted classes (N,) of uint8 images, on the CPU."""
+    dev = cnn.head.weight.device
+    features = torch.cat([cnn.features(normalize(part.to(dev))) for part in images.split(256)])
+    return features.cpu(), cnn.head(features).argmax(1).cpu()
+
+
+def load_or_train_cnn(train, held_out, data_name, classes, dev):
+    """(CNN, its held-out accuracy): from the file where that fits the data and the settings, else trained and saved.
+
+    train, held_out: (images, labels).
+    """
+    path = cnn_file or f'{out_dir}/cnn.pt'
+    settings = {'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
+                'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed}
+    if os.path.isfile(path):
+        saved = runtime.load_checkpoint(path, 'cnn', dev)
+        if saved['settings'] == settings:
+            cnn = SmallCNN(len(classes)).to(dev, memory_format=torch.channels_last)
+            runtime.load_weights(cnn, saved['cnn'], path)
+            return cnn.eval(), saved['accuracy']
+        runtime.say(f'{path} was trained on other data or with other settings: training it again, figures may shift')
+    cnn = train_cnn(*train, len(classes), cnn_steps, cnn_batch, cnn_lr, augment=data_name != 'charts', device=dev, seed=cnn_seed)
+    accuracy = share(look(cnn, held_out[0])[1] == held_out[1])
+    runtime.save_checkpoint(path, {'kind': 'cnn', 'settings': settings, 'accuracy': accuracy, 'cnn': cnn.state_dict()})
+    return cnn, accuracy
+
+
+def share(hits):
+    return hits.float().mean().item()
+
+
+# -----------------------------------------------------------------------------
+# real and generated images, uint8 (N, 3, S, S)
+
+def spread(labels, count):
+    """Indices of `count` items (0, or more than there are: all), every class with its share; ascending."""
+    by_class = labels.argsort(stable=True)
+    if 0 < count < len(labels):
+        by_class = by_class[torch.arange(count) * len(labels) // count]
+    return by_class.sort().values
+
+
+def load_images(dataset, count):
+    """(images, labels) of at most `count` items of a data set, centre crops."""
+    indices = spread(dataset.labels, count).tolist()
+    images, labels = zip(*fetch(dataset, [indices[i:i + 256] for i in range(0, len(indices), 256)], workers))
+    return torch.cat(images), torch.cat(labels)
+
+
+@torch.no_grad()
+def generate(student, structure, autocast):
+    """(images, labels): per_class samples of every class, shuffled, the same for the same seed and batch size."""
+    labels = torch.arange(student.num_classes).repeat(per_class)
+    labels = labels[torch.randperm(len(labels), generator=runtime.generator(seed, 7))]
+    dev = student.head.weight.device
+    generator, images = torch.Generator(dev).manual_seed(seed), []
+    with runtime.progress(len(labels), label='sample') as bar:
+        for part in labels.split(batch_size):
+            with autocast():
+                images.append(to_uint8(student.generate(structure, part.to(dev), cfg, top_k, top_p, generator)[1]).cpu())
+            bar.update(len(part))
+    return torch.cat(images), labels
+
+
+def read_samples(path, image_size, classes):
+    """(images, labels or None) from a folder of pictures or an .npz; see read_folder and read_npz."""
+    if os.path.isdir(path):
+        return read_folder(path, image_size, classes)
+    if os.path.isfile(path):
+        return read_npz(path, image_size, len(classes))
+    raise UserError(f'--samples={path}: no such folder or file')
+
+
+def read_folder(path, image_size, classes):
+    """Pictures at any depth, shuffled; labels where all lie in folders named like classes. UserError naming a bad file."""
+    files = pictures_below(path)
+    if not files:
+        raise UserError(f'--samples={path}: no pictures in this folder')
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    for i, file in enumerate(files):
+        try:
+            picture = read_picture(file, image_size)
+        except Exception as error:                          # Pillow raises nearly anything on a broken file
+            raise UserError(f'{file!a} can not be read ({type(error).__name__}: {error}): remove it or sample it again') from None
+        check_size(file, picture.size, image_size)
+        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
+    labels = torch.tensor([classes.index(folder) for folder in folders]) if set(folders) <= set(classes) else None
+    # sorted names are in class order, which says nothing about how the samples were made
+    order = torch.randperm(len(files), generator=runtime.generator(seed, 8))
+    return images[order], None if labels is None else labels[order]
+
+
+def read_npz(path, image_size, num_classes):
+    """arr_0 (N, S, S, 3) uint8, and labels from arr_1 (N,) if it is there: what guided-diffusion's evaluator reads."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ('arr_0', 'arr_1') if name in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+        raise UserError(f'{path} can not be read: damaged, or not an .npz of plain arrays') from None
+    if 'arr_0' not in arrays:
+        raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
+    images, labels = arrays['arr_0'], arrays.get('arr_1')
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), it is {images.dtype} {images.shape}')
+    check_size(path, images.shape[2:0:-1], image_size)
+    if labels is not None:
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < num_classes:
+            raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {num_classes - 1}')
+        labels = torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+
+def check_size(name, size, image_size):
+    if tuple(size) != (image_size, image_size):
+        raise UserError(f'{name}: samples are {size[0]} × {size[1]} px, the real images {image_size} × {image_size}: '
+                        f'a distance between them would measure the resizing')
+
+
+def check_samples(images, labels, num_features, num_classes):
+    """Warnings, a line each, about samples that make the figures say something else than they seem to.
+
+    images uint8 (N, 3, S, S); labels (N,) or None; num_features of the network behind the distance. UserError for N < 10.
+    """
+    count, warnings = len(images), []
+    if count < 10:
+        raise UserError(f'only {count} samples: no distance can be measured; give at least 10, better thousands')
+    if count <= num_features:
+        warnings.append(f'{count} samples for {num_features} features: their covariance is singular and the distance far too '
+                        f'high; compare it only with the floor and with runs of as many samples')
+    if num_features == 2048 and num_features < count < 50_000:
+        warnings.append(f'{count} samples: published FIDs use 50,000; fewer raise it')
+    flat = int((images.amax((2, 3)) == images.amin((2, 3))).all(1).sum())
+    if flat:
+        warnings.append(f'{flat} of {count} samples are one flat colour: failed samples raise every distance')
+    if labels is None:
+        return warnings + ['samples carry no class (class folders, or arr_1): no `recognised`, and nobody checks that '
+                           'classes are as frequent as in the real images']
+    frequency = labels.bincount(minlength=num_classes)
+    if frequency.min() != frequency.max():
+        warnings.append(f'{frequency.min()} to {frequency.max()} samples a class: the distance counts the imbalance as an error')
+    if num_classes > 1 and (labels.diff() >= 0).all():
+        warnings.append('samples are in class order: harmless here, where IS is taken over shuffled parts, but evaluators '
+                        'that do not shuffle report too low an IS')
+    return warnings
+
+
+# -----------------------------------------------------------------------------
+# the three parts
+
+@torch.no_grad()
+def tokenizer_figures(structure, images, autocast):
+    """(figures, reconstructions): PSNR (dB) and SSIM of uint8 images and what their tokens decode to; perplexity."""
+    dev, sums, decoded = structure.quantizer.codebook.weight.device, np.zeros(2), []
+    for part in images.split(batch_size):
+        x = normalize(part.to(dev))
+        with autocast():
+            y = structure.decode(structure.encode(x)).float()
+        sums += len(part) * np.array([psnr(y, x), ssim(y, x)])
+        decoded.append(to_uint8(y).cpu())
+    decibel, similarity = (sums / len(images)).tolist()
+    return {'psnr': decibel, 'ssim': similarity, 'images': len(images),
+            'perplexity': structure.quantizer.codebook.perplexity().tolist()}, torch.cat(decoded)
+
+
+@torch.no_grad()
+def student_figures(student, structure, token_dataset, autocast):
+    """Cross-entropy in nats a token, for every token map and over all; bits an image. All labels given, nothing dropped."""
+    dev, sums = student.head.weight.device, torch.zeros(len(student.lengths), dtype=torch.float64)
+    for rows in torch.arange(len(token_dataset)).split(batch_size):
+        wanted, _, labels = (t.to(dev) for t in token_dataset.batch(rows.numpy()))
+        with autocast():
+            logits = student(labels, structure.token_inputs(list(wanted.split(student.lengths, 1))))
+        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction='none').view(wanted.shape)
+        sums += torch.stack([part.sum() for part in nats.split(student.lengths, 1)]).cpu()
+    nats_of_map = sums / len(token_dataset)                 # summed over the tokens of an image
+    return {'ce': (nats_of_map.sum() / sum(student.lengths)).item(), 'images': len(token_dataset),
+            'ce_per_map': (nats_of_map / torch.tensor(student.lengths)).tolist(),
+            'bits_an_image': nats_of_map.sum().item() / math.log(2)}
+
+
+# set, and what it is measured against
+PAIRS = [('generated', 'reference'), ('reconstructed', 'reference'), ('reconstructed', 'originals'), ('real', 'reference')]
+TITLES = {'fid': 'FID', 'isc': 'IS', 'precision': 'precision', 'recall': 'recall', 'fd_cnn': 'FD-cnn', 'recognised': 'recognised'}
+
+
+def compare(sets, weights_path, cnn, dev):
+    """A row of figures for each of PAIRS that is there. sets: {name: (images, labels or None)}.
+
+    With weights_path by torch-fidelity, else by the CNN.
+    """
+    pairs = [(a, b) for a, b in PAIRS if a in sets]
+    rows = [{'set': a, 'against': b, 'images': len(sets[a][0]), 'against_images': len(sets[b][0])} for a, b in pairs]
+    if weights_path:
+        with tempfile.TemporaryDirectory() as cache:
+            for row, (a, b) in zip(rows, pairs):
+                row |= torch_fidelity_metrics(sets[a][0], sets[b][0], weights_path, dev, batch_size, cache, (a, b))
+        return rows
+    seen = {name: look(cnn, images) for name, (images, _) in sets.items()}
+    moments = {name: statistics(features) for name, (features, _) in seen.items()}
+    for row, (a, b) in zip(rows, pairs):
+        labels = sets[a][1]
+        row['fd_cnn'] = frechet_distance(*moments[a], *moments[b])
+        row['recognised'] = None if labels is None else share(seen[a][1] == labels)
+    return rows
+
+
+def print_rows(rows):
+    columns = [key for key in TITLES if key in rows[0]]
+    runtime.say(f'{"":14} {"against":10} {"images":>7}' + ''.join(f'{TITLES[key]:>12}' for key in columns))
+    for row in rows:
+        values = ('–' if row[key] is None else f'{100 * row[key]:.1f} %' if key == 'recognised' else f'{row[key]:.3f}'
+                  for key in columns)
+        runtime.say(f'{row["set"]:14} {row["against"]:10} {row["images"]:7}' + ''.join(f'{value:>12}' for value in values))
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+def choose_parts():
+    """The parts as a list, after a look at all settings; UserError for one that makes no sense."""
+    chosen = [part.strip() for part in parts.split(',')]
+    for part in chosen:
+        if part not in ('tokenizer', 'student', 'samples'):
+            raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples')
+    if min(per_class, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
+        raise UserError('--per_class, --batch_size, --cnn_steps and --cnn_batch must be at least 1, --real_images at least 0')
+    if reference not in ('train', 'val') or distance not in ('auto', 'fid', 'cnn'):
+        raise UserError(f'--reference={reference} --distance={distance}: choose train or val; auto, fid or cnn')
+    if runtime.world_size() > 1:
+        raise UserError('evaluate.py is one process: start it with python, not with torchrun')
+    return chosen
+
+
+def choose_distance():
+    """Path of the Inception weights, or '' where the CNN is to be used; says why."""
+    path, missing = ('', '') if distance == 'cnn' else find_inception()
+    if missing and distance == 'fid':
+        raise UserError(missing)
+    if missing:
+        runtime.say(f'no FID: {missing}. Using FD-cnn, which compares runs on the same data and is not FID.')
+    return path
+
+
+def check_classes(known, found, where):
+    """UserError unless class numbers mean the same to the student and to some data."""
+    if list(known) != list(found):
+        raise UserError(f'{where}: its {len(found)} classes are not the {len(known)} the student was trained on, in that order')
+
+
+def open_tokens(folder, structure, classes):
+    """The held-out token files, if they are of this tokenizer and these classes; else UserError."""
+    dataset = TokenDataset(folder, 'val')
+    if dataset.meta['tokenizer'] != runtime.digest(structure.state_dict()):
+        raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
+    check_classes(classes, dataset.classes, folder)
+    return dataset
+
+
+def main():
+    dev = runtime.start(device)
+    autocast, _ = runtime.precision(dtype, dev)
+    chosen = choose_parts()
+    tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
+    structure, _, stage1 = load_tokenizers(tokenizer_file, dev)
+    data_name, student = data or stage1['config']['data'], None
+    results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'torch': torch.__version__,
+               'tokenizer_step': stage1['step'], 'tokenizer_digest': runtime.digest(structure.state_dict()), 'warnings': []}
+    if 'student' in chosen or ('samples' in chosen and not samples):
+        student, stage2 = load_student(os.path.join(out_dir, 'student.pt'), structure, dev)
+        results['student_step'] = stage2['step']
+
+    if 'student' in chosen:
+        folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
+        results['student'] = figures = student_figures(student, structure, open_tokens(folder, structure, stage2['classes']), autocast)
+        runtime.say(f'student: {figures["ce"]:.3f} nats a token, {figures["bits_an_image"]:.0f} bits an image '
+                    f'({figures["images"]} held-out images)\n  nats a token, for each token map: '
+                    + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map']))
+    if 'tokenizer' in chosen or 'samples' in chosen:
+        datasets = {split: open_dataset(data_name, split, structure.image_size, augment=False) for split in ('train', 'val')}
+        classes = datasets['train'].classes
+        if student:
+            check_classes(stage2['classes'], classes, data_name)
+        real = {split: load_images(dataset, real_images) for split, dataset in datasets.items()}
+        evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results)
+    runtime.write_json(os.path.join(out_dir, 'results.json'), results)
+    runtime.say(f'wrote {out_dir}/results.json')
+
+
+def evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results):
+    """The tokenizer's figures and all distances, printed and put into results. real: {split: (images, labels)}."""
+    def warn(line):
+        runtime.say(f'warning: {line}')
+        results['warnings'].append(line)
+
+    sets, count = {'reference': real[reference]}, 0
+    if 'samples' in chosen:
+        generated = read_samples(samples, structure.image_size, classes) if samples else generate(student, structure, autocast)
+        sets['generated'], count = generated, len(generated[0])
+
+    weights_path, cnn = choose_distance(), None
+    if not weights_path:
+        cnn, accuracy = load_or_train_cnn(real['train'], real['val'], data_name, classes, dev)
+        results['cnn'] = {'accuracy': accuracy, 'digest': runtime.digest(cnn.state_dict())}
+        runtime.say(f'CNN for FD-cnn: recognises {100 * accuracy:.1f} % of {len(real["val"][0])} held-out images')
+
+    if 'samples' in chosen:
+        for line in check_samples(*generated, 2048 if weights_path else cnn.head.in_features, len(classes)):
+            warn(line)
+
+    # fewer images have a larger distance by chance alone, so every row gets as many as there are samples
+    images, labels = real['val']
+    if 'tokenizer' in chosen:
+        results['tokenizer'], decoded = tokenizer_figures(structure, images, autocast)
+        runtime.say('tokenizer: PSNR {psnr:.2f} dB, SSIM {ssim:.3f} ({images} held-out images)'.format(**results['tokenizer'])
+                    + '\n  perplexity of each token map: ' + ' '.join(f'{p:.0f}' for p in results['tokenizer']['perplexity']))
+        some = spread(labels, count)
+        sets |= {'reconstructed': (decoded[some], labels[some]), 'originals': (images[some], labels[some])}
+    count = count or len(images)
+    images, labels = real['val' if reference == 'train' else 'train']
+    some = spread(labels, count)
+    sets['real'] = images[some], labels[some]
+    if len(some) < count:
+        warn(f'only {len(some)} real images beside {count} samples: the floor is higher than the samples\' own would be')
+    results['distances'] = compare(sets, weights_path, cnn, dev)
+    print_rows(results['distances'])
+
+
+if __name__ == '__main__':
+    runtime.run(main)

@@ -1,0 +1,472 @@
+"""The promises of data.py: what the charts look like, what order things come in, what broken files do."""
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configurator import UserError
+from data import (CHARTS, Charts, EndlessBatches, ImageFolder, TokenDataset, batches, in_order, normalize,
+                  open_dataset, square_crop, to_uint8)
+
+
+# -----------------------------------------------------------------------------
+# pixels
+
+def test_every_byte_survives_normalize_and_back():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert normalize(every).min() == -1 and normalize(every).max() == 1
+    assert torch.equal(to_uint8(normalize(every)), every)
+
+
+def test_to_uint8_clamps():
+    assert to_uint8(torch.tensor([-3.0, -1.0, 0.999, 1.0, 7.0])).tolist() == [0, 0, 255, 255, 255]
+
+
+# -----------------------------------------------------------------------------
+# charts
+
+@pytest.fixture(scope='module')
+def charts():
+    return Charts('train', 32, 300)
+
+
+def test_charts_are_uint8_pictures_of_ten_classes_in_turn(charts):
+    image, label = charts[13]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == 3
+    assert len(charts) == 300 and charts.images.shape == (300, 3, 32, 32)
+    assert charts.classes == ['siemens_star', 'zone_plate', 'line_grating', 'checkerboard', 'halftone_dots',
+                              'text', 'brick', 'concentric_rings', 'slanted_edge', 'blobs']
+
+
+def test_chart_depends_on_seed_split_and_index_only(charts):
+    fewer = Charts('train', 32, 20)
+    assert torch.equal(fewer.images, charts.images[:20])
+    assert torch.equal(fewer[7, 123456][0], charts[7][0])
+    for other in (Charts('val', 32, 20), Charts('train', 32, 20, seed=1)):
+        assert (other.images != fewer.images).flatten(1).any(1).all()
+
+
+def test_no_two_charts_are_alike(charts):
+    assert len(torch.unique(charts.images.flatten(1), dim=0)) == len(charts)
+
+
+@pytest.mark.parametrize('label', range(10), ids=Charts.classes)
+def test_chart_is_the_same_drawing_at_every_size(charts, label):
+    """Rendered at twice the size and box-averaged it hardly differs: nothing aliases at the source."""
+    twice = torch.nn.functional.avg_pool2d(Charts('train', 64, 60).images[label::10].float(), 2)
+    difference = (twice - charts.images[label:60:10].float()).abs().mean()
+    assert difference < (8 if Charts.classes[label] == 'text' else 0.5)        # letters are hinted to their grid
+
+
+@pytest.mark.parametrize('label', range(10), ids=Charts.classes)
+def test_chart_has_contrast(charts, label):
+    light = torch.einsum('c,nchw->nhw', torch.tensor([0.299, 0.587, 0.114]), charts.images[label::10] / 255)
+    assert (light.flatten(1).amax(1) - light.flatten(1).amin(1)).min() > 0.3
+
+
+def test_classes_can_be_told_apart():
+    """Ridge regression on simple measures of structure, colour left out: far better than one in ten."""
+    def measures(images):
+        light = images.float().mean(1)
+        light = (light - light.mean((1, 2), keepdim=True)) / (light.std((1, 2), keepdim=True) + 1)
+        power = torch.fft.fft2(light).abs()
+        power = torch.fft.fftshift(power, (1, 2))[:, ::2, ::2].flatten(1).log1p()
+        return torch.cat([power, light.pow(3).mean((1, 2))[:, None], torch.ones(len(images), 1)], 1).double()
+
+    train, val = Charts('train', 32, 1500), Charts('val', 32, 300)
+    x, y = measures(train.images), torch.eye(10, dtype=torch.float64)[train.labels]
+    weights = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]), x.T @ y)
+    right = ((measures(val.images) @ weights).argmax(1) == val.labels).double().mean()
+    assert right > 0.7
+
+
+def test_every_chart_fades_to_grey_instead_of_aliasing():
+    """Drawn absurdly small, a fine chart is nearly flat: its structure averages out."""
+    tiny = Charts('train', 4, 10)
+    grating = tiny.images[Charts.classes.index('line_grating')].float()
+    assert grating.std((1, 2)).max() < 40
+
+
+def test_charts_refuse_what_makes_no_sense():
+    with pytest.raises(UserError, match='test'):
+        Charts('test', 32, 10)
+    with pytest.raises(UserError, match='count'):
+        Charts('train', 32, 0)
+
+
+def test_open_dataset_knows_charts_and_folders(tmp_path):
+    assert len(open_dataset('charts', 'val', 8, count=30)) == 30
+    assert len(open_dataset('charts', 'val', 4)) == 1000
+    with pytest.raises(UserError, match='no such folder'):
+        open_dataset(str(tmp_path / 'chart'), 'train', 8)
+
+
+def test_there_is_a_function_for_each_class():
+    assert [chart.__name__ for chart in CHARTS] == Charts.classes
+
+
+# -----------------------------------------------------------------------------
+# order
+
+def first(iterable, n):
+    return [item for item, _ in zip(iterable, range(n))]
+
+
+@pytest.mark.parametrize('world_size', [2, 3, 6])
+def test_ranks_share_the_batch_that_one_rank_would_see(world_size):
+    alone = first(EndlessBatches(50, 12, seed=3), 20)
+    shares = [first(EndlessBatches(50, 12, 3, rank, world_size), 20) for rank in range(world_size)]
+    assert [sum(parts, []) for parts in zip(*shares)] == alone
+
+
+def test_resuming_goes_on_where_it_stopped():
+    whole = first(EndlessBatches(50, 12, seed=3), 20)
+    assert first(EndlessBatches(50, 12, seed=3, start=7), 13) == whole[7:]
+
+
+def test_every_epoch_shows_everything_once_in_another_order():
+    keys = sum(first(EndlessBatches(30, 7, seed=0), 30), [])
+    assert [position for _, position in keys] == list(range(210))
+    epochs = [[index for index, _ in keys[start:start + 30]] for start in range(0, 210, 30)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 7
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    keys = first(EndlessBatches(3, 8, seed=0), 1)[0]
+    assert sorted(index for index, _ in keys[:3]) == [0, 1, 2] and len(keys) == 8
+
+
+def test_order_depends_on_the_seed():
+    assert first(EndlessBatches(50, 50, seed=0), 1) != first(EndlessBatches(50, 50, seed=1), 1)
+
+
+def test_a_batch_that_ranks_can_not_share_is_refused():
+    with pytest.raises(UserError, match='batch_size=10 is not a multiple of 4 ranks'):
+        EndlessBatches(50, 10, seed=0, world_size=4)
+
+
+def test_batches_of_charts_follow_the_sampler(charts):
+    images, labels = first(batches(charts, 8, seed=5, rank=1, world_size=2, start=3), 1)[0]
+    indices = [index for index, _ in EndlessBatches(300, 8, 5, rank=1, world_size=2, start=3).batch(3)]
+    assert torch.equal(images, charts.images[indices]) and torch.equal(labels, charts.labels[indices])
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+
+
+def test_in_order_shows_everything_once(charts):
+    parts = list(in_order(charts, 128))
+    assert [len(labels) for _, labels in parts] == [128, 128, 44]
+    assert torch.equal(torch.cat([images for images, _ in parts]), charts.images)
+
+
+# -----------------------------------------------------------------------------
+# folders
+
+def photo(seed=0, size=(50, 40)):
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8))
+    return noise.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of four pictures in train, one each in val, with names of every kind."""
+    names = ['a.jpg', 'B.JPEG', 'with space.png', 'new\nline.webp']
+    for split, count in (('train', 4), ('val', 1)):
+        for label, name in enumerate(('cat', 'dog')):
+            (tmp_path / split / name / 'deep').mkdir(parents=True)
+            for i in range(count):
+                photo(10 * label + i).save(tmp_path / split / name / (f'deep/{names[i]}' if i == 1 else names[i]))
+    return tmp_path
+
+
+def test_folder_finds_every_picture_in_order(folder):
+    (folder / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
+    (folder / 'train' / 'cat' / '._a.jpg').write_text('what a Mac leaves behind')
+    (folder / 'train' / '.ipynb_checkpoints').mkdir()
+    dataset = ImageFolder(folder, 'train', 16)
+    assert dataset.classes == ['cat', 'dog'] and len(dataset) == 8
+    assert dataset.labels.tolist() == [0] * 4 + [1] * 4 and dataset.files == sorted(dataset.files)
+    for image, label in dataset:
+        assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+    assert not dataset.skipped
+
+
+def test_centre_crop_is_what_resizing_and_cropping_gives(folder):
+    dataset = ImageFolder(folder, 'train', 32)
+    image = photo(size=(60, 40))
+    whole = image.resize((54, 36), Image.Resampling.LANCZOS)                    # 36 = 1.125 · 32
+    wanted = torch.from_numpy(np.array(whole.crop((11, 2, 43, 34)))).permute(2, 0, 1)
+    assert (dataset.crop(image).float() - wanted.float()).abs().max() <= 1
+
+
+def test_square_crop_lies_where_it_is_told_to():
+    image = Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 60, 3))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(square_crop(image, 40, side=40), pixels[:, :, 10:50])
+    assert torch.equal(square_crop(image, 20, side=20, across=1, down=0), pixels[:, :20, 40:])
+
+
+def test_random_crop_depends_on_seed_and_position_only(folder):
+    dataset, again = ImageFolder(folder, 'train', 16), ImageFolder(folder, 'train', 16)
+    assert torch.equal(dataset[2, 9][0], again[2, 9][0])
+    assert not torch.equal(dataset[2, 9][0], dataset[2, 10][0])
+    assert not torch.equal(dataset[2, 9][0], ImageFolder(folder, 'train', 16, seed=1)[2, 9][0])
+    assert not torch.equal(dataset[2, 9][0], dataset[2][0])
+    plain = ImageFolder(folder, 'train', 16, augment=False)
+    assert torch.equal(plain[2, 9][0], dataset[2][0])
+
+
+def test_flip_mirrors_half_of_the_crops_and_only_when_asked(folder):
+    plain, flipping = ImageFolder(folder, 'train', 16), ImageFolder(folder, 'train', 16, flip=True)
+    mirrored = [torch.equal(plain[2, p][0].flip(2), flipping[2, p][0]) for p in range(60)]
+    same = [torch.equal(plain[2, p][0], flipping[2, p][0]) for p in range(60)]
+    assert 15 < sum(mirrored) < 45 and sum(mirrored) + sum(same) == 60
+
+
+@pytest.mark.parametrize('size', [(1, 1), (3, 4), (2, 3000), (3000, 2), (700, 500)])
+def test_any_shape_of_picture_gives_a_crop(folder, size):
+    photo(size=size).save(folder / 'train' / 'cat' / '0.png')
+    dataset = ImageFolder(folder, 'train', 16)
+    for key in [0, *((0, position) for position in range(20))]:
+        assert dataset[key][0].shape == (3, 16, 16)
+    assert not dataset.skipped
+
+
+def opened(folder, image, name, **options):
+    """What load() makes of one picture saved under a name."""
+    image.save(folder / 'train' / 'cat' / name, **options)
+    dataset = ImageFolder(folder, 'train', 16)
+    picture = dataset.load(dataset.files.index(str(folder / 'train' / 'cat' / name)))
+    assert not dataset.skipped and picture.mode == 'RGB'
+    return picture
+
+
+@pytest.mark.parametrize('mode, name', [('CMYK', 'x.jpg'), ('L', 'x.jpg'), ('L', 'x.png'), ('1', 'x.png'),
+                                        ('LA', 'x.png'), ('RGBA', 'x.webp'), ('P', 'x.bmp'), ('RGB', 'x.BMP')])
+def test_every_mode_becomes_rgb(folder, mode, name):
+    flat = Image.new('RGB', (40, 40), (200, 200, 200)).convert(mode)
+    middle = np.asarray(opened(folder, flat, name)).mean((0, 1))
+    if mode != '1':                                         # dithered
+        assert np.abs(middle - 200).max() < 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped(folder):
+    ramp = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
+    grey = np.asarray(opened(folder, ramp, 'ramp.png'))
+    assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1
+
+
+def test_transparency_is_over_white(folder):
+    clear = Image.new('RGBA', (40, 40), (0, 0, 0, 0))
+    assert np.asarray(opened(folder, clear, 'clear.png')).min() == 255
+    palette = Image.new('P', (40, 40), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert np.asarray(opened(folder, palette, 'palette.png', transparency=1)).min() == 255
+
+
+def test_an_animation_is_its_first_frame_whatever_its_name(folder):
+    red, blue = Image.new('RGB', (40, 40), 'red'), Image.new('RGB', (40, 40), 'blue')
+    frame = opened(folder, red, 'animated.png', format='GIF', save_all=True, append_images=[blue])
+    assert frame.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_exif_rotation_is_applied(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # turn by 90° to be upright
+    assert opened(folder, photo(size=(60, 40)), 'turned.jpg', exif=exif).size == (40, 60)
+
+
+def test_a_large_jpeg_is_decoded_small(folder):
+    assert opened(folder, photo(size=(1600, 1200)), 'large.jpg').size == (200, 150)
+
+
+def broken_bytes(kind):
+    if kind == 'empty':
+        return b''
+    if kind == 'text':
+        return b'<html>404 not found</html>'
+    buffer = io.BytesIO()
+    photo(size=(200, 200)).save(buffer, 'JPEG' if kind == 'jpeg' else 'PNG')
+    return buffer.getvalue()[:len(buffer.getvalue()) // 2]
+
+
+@pytest.mark.parametrize('kind', ['empty', 'text', 'jpeg', 'png'])
+def test_the_next_picture_stands_in_for_a_broken_one(folder, kind):
+    (folder / 'train' / 'dog' / 'zz\nbroken.jpg').write_bytes(broken_bytes(kind))
+    dataset = ImageFolder(folder, 'train', 16)
+    with pytest.warns(UserWarning, match=r'zz\\nbroken.jpg') as seen:
+        image, label = dataset[8]
+        dataset[8, 5]
+    assert len(seen) == 1 and '\n' not in str(seen[0].message)
+    assert dataset.skipped == {8} and label == 0 and torch.equal(image, dataset[0][0])
+
+
+def test_a_decompression_bomb_counts_as_broken(folder, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40 * 50)
+    photo(size=(50, 41)).save(folder / 'train' / 'cat' / '0.png')                # above the limit
+    photo(size=(90, 90)).save(folder / 'train' / 'cat' / '1.png')                # and above twice the limit
+    dataset = ImageFolder(folder, 'train', 16)
+    with pytest.warns(UserWarning, match='DecompressionBomb'):
+        dataset[0]
+    assert dataset.skipped == {0, 1}
+
+
+def test_a_name_that_is_no_utf8_can_be_reported(folder):
+    path = os.fsencode(folder / 'train' / 'dog') + b'/\xff\xfe.jpg'
+    try:
+        with open(path, 'wb'):
+            pass
+    except OSError:
+        pytest.skip('this file system takes UTF-8 names only')
+    with pytest.warns(UserWarning, match='udcff') as seen:
+        ImageFolder(folder, 'train', 16)[8]
+    str(seen[0].message).encode('ascii')
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'train' / 'cat' / 'a.jpg').touch()
+    dataset = ImageFolder(tmp_path, 'train', 16)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match='none of the 1 pictures can be read'):
+        dataset[0]
+    with pytest.raises(UserError, match='^none of') as error:
+        first(batches(dataset, 2, seed=0, workers=1), 1)
+    assert '\n' not in str(error.value)
+
+
+def test_links_in_a_circle_end(folder):
+    (folder / 'train' / 'cat' / 'deep' / 'up').symlink_to(folder / 'train' / 'cat')
+    (folder / 'train' / 'cat' / 'deep' / 'more').symlink_to(folder / 'train' / 'cat' / 'deep')
+    (folder / 'train' / 'cat' / 'self').symlink_to(folder / 'train' / 'cat' / 'self')
+    (folder / 'train' / 'circle').symlink_to(folder / 'train' / 'circle')
+    assert len(ImageFolder(folder, 'train', 16)) == 8
+
+
+def test_a_class_may_be_a_link(folder):
+    (folder / 'train' / 'zebra').symlink_to(folder / 'train' / 'cat')
+    assert ImageFolder(folder, 'train', 16).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_labels_of_val_are_those_of_train(folder):
+    (folder / 'train' / 'ant').mkdir()
+    photo().save(folder / 'train' / 'ant' / 'a.png')
+    dataset = ImageFolder(folder, 'val', 16)
+    assert dataset.classes == ['ant', 'cat', 'dog'] and dataset.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('break_it, message', [
+    (lambda root: (root / 'train').rename(root / 'training'), "has no split 'train'"),
+    (lambda root: (root / 'train' / 'emu').mkdir(), "class 'emu' of .* has no pictures"),
+    (lambda root: root.rename(root.with_name(root.name + ' moved')), 'no such folder'),
+])
+def test_a_folder_in_disorder_is_named(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises(UserError, match=message):
+        ImageFolder(folder, 'train', 16)
+
+
+def test_a_split_without_classes_is_named(tmp_path):
+    (tmp_path / 'train').mkdir()
+    photo().save(tmp_path / 'train' / 'loose.jpg')
+    with pytest.raises(UserError, match='no class folders'):
+        ImageFolder(tmp_path, 'train', 16)
+
+
+def test_a_val_class_that_train_lacks_is_named(folder):
+    (folder / 'val' / 'emu').mkdir()
+    photo().save(folder / 'val' / 'emu' / 'a.png')
+    with pytest.raises(UserError, match="class 'emu'"):
+        ImageFolder(folder, 'val', 16)
+
+
+@pytest.mark.filterwarnings('ignore:This process')         # newer Pythons warn of fork beside threads
+def test_loader_workers_change_nothing_but_speed(folder):
+    (folder / 'train' / 'cat' / '0.jpg').touch()
+    dataset, again = ImageFolder(folder, 'train', 16), ImageFolder(folder, 'train', 16)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning):
+        alone = first(batches(dataset, 6, seed=0), 4)
+    helped = first(batches(again, 6, seed=0, workers=2), 4)
+    assert all(torch.equal(a, b) for one, two in zip(alone, helped) for a, b in zip(one, two))
+    assert again.skipped == dataset.skipped == {0}          # a worker's finding is known here
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_in_order(folder):
+    dataset = ImageFolder(folder, 'train', 16)
+    parts = list(in_order(dataset, 3))
+    assert [len(labels) for _, labels in parts] == [3, 3, 2]
+    assert torch.equal(parts[0][0][1], dataset[1][0])
+
+
+# -----------------------------------------------------------------------------
+# token files
+
+@pytest.fixture
+def tokens(tmp_path):
+    """Five rows: 1 + 4 structure tokens of 16 codes, 1 alias token of 8, a label of 2."""
+    rows = np.random.default_rng(0).integers(0, [16] * 5 + [8] + [2], size=(5, 7)).astype('<u2')
+    rows.tofile(tmp_path / 'train.bin')
+    write_meta(tmp_path)
+    return tmp_path, rows
+
+
+def write_meta(folder, **changes):
+    meta = dict(rows=5, columns=7, patch_nums=[1, 2], alias_patch_nums=[1], vocab_size=16, alias_vocab_size=8,
+                classes=['cat', 'dog'], tokenizer='abc123')
+    (folder / 'train.json').write_text(json.dumps(meta | changes))
+
+
+def test_tokens_come_back_as_they_were_written(tokens):
+    folder, rows = tokens
+    dataset = TokenDataset(folder, 'train')
+    structure, alias, labels = dataset.batch(np.array([4, 0, 4]))
+    assert len(dataset) == 5 and dataset.classes == ['cat', 'dog'] and dataset.meta['tokenizer'] == 'abc123'
+    assert structure.dtype == alias.dtype == labels.dtype == torch.int64
+    assert structure.tolist() == rows[[4, 0, 4], :5].tolist()
+    assert alias.tolist() == rows[[4, 0, 4], 5:6].tolist() and labels.tolist() == rows[[4, 0, 4], 6].tolist()
+
+
+def test_tokens_without_alias(tmp_path):
+    np.ones((5, 6), '<u2').tofile(tmp_path / 'train.bin')
+    write_meta(tmp_path, columns=6, alias_patch_nums=[])
+    assert TokenDataset(tmp_path, 'train').batch([0, 1])[1].shape == (2, 0)
+
+
+def test_missing_tokens_say_what_to_run(tokens):
+    with pytest.raises(UserError, match='no token files val.bin .*run encode.py'):
+        TokenDataset(tokens[0], 'val')
+
+
+def test_truncated_tokens_are_noticed(tokens):
+    os.truncate(tokens[0] / 'train.bin', 68)
+    with pytest.raises(UserError, match='68 bytes instead of 70'):
+        TokenDataset(tokens[0], 'train')
+
+
+@pytest.mark.parametrize('changes', [dict(columns=8), dict(rows=0), dict(patch_nums=None), dict(classes=None)])
+def test_a_description_that_does_not_fit_is_noticed(tokens, changes):
+    write_meta(tokens[0], **changes)
+    with pytest.raises(UserError, match='run encode.py again'):
+        TokenDataset(tokens[0], 'train')
+
+
+def test_a_damaged_description_is_noticed(tokens):
+    (tokens[0] / 'train.json').write_text('{"rows": 5,')
+    with pytest.raises(UserError, match='damaged'):
+        TokenDataset(tokens[0], 'train')
+
+
+@pytest.mark.parametrize('column, name', [(0, 'structure tokens'), (5, 'alias tokens'), (6, 'labels')])
+def test_tokens_out_of_range_are_noticed(tokens, column, name):
+    folder, rows = tokens
+    rows[3, column] = 999
+    rows.tofile(folder / 'train.bin')
+    dataset = TokenDataset(folder, 'train')
+    dataset.batch([0, 1])
+    with pytest.raises(UserError, match=f'{name} up to 999'):
+        dataset.batch([2, 3])
