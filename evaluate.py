@@ -30,6 +30,7 @@ import runtime
 from configurator import UserError, configure
 from data import TokenDataset, fetch, normalize, open_dataset, pictures_below, read_picture, to_uint8
 from model import load_student
+from pictures import psnr
 from tokenizer import load_tokenizers
 
 # input and output
@@ -66,15 +67,6 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # two images
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB, the mean over the images of each one's own. a, b (B, 3, H, W) in [−1, 1].
-
-    The peak is 2, the width of the range. Equal images have inf.
-    """
-    error = (a.float() - b.float()).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / error)).mean().item()
-
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004), mean over images, channels and windows. a, b (B, C, H, W) in [−1, 1].

@@ -27,8 +27,9 @@ from runtime import load_checkpoint, load_weights
 # convolutional encoder and decoder
 
 def group_norm(channels):
-    """32 groups as in VQGAN; for widths that 32 does not divide, the largest common divisor."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """32 groups as in VQGAN. Small networks (widths that 32 does not divide) have 8: a group of one channel would
+    lose the mean colour of the picture, which is what the first token map holds."""
+    return nn.GroupNorm(32 if channels % 32 == 0 else math.gcd(8, channels), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import batches, in_order, normalize, open_dataset
-from evaluate import psnr
-from pictures import picture_grid, save_png
+from pictures import picture_grid, psnr, save_png
 from pyramid import defocus
 from tokenizer import build_tokenizers
 
@@ -26,10 +25,10 @@ out_dir = 'out'                 # everything is written here
 init_from = 'scratch'           # scratch | resume
 # data
 data = 'charts'                 # charts, or a folder with train/<class>/*.jpg and val/<class>/*.jpg
-image_size = 32                 # pixels; must be patch_nums[-1] · 2^(len(channel_mult) − 1)
+image_size = 256                # pixels; must be patch_nums[-1] · 2^(len(channel_mult) − 1)
 workers = 0                     # processes that decode images of a folder (charts are made in memory)
 # the pyramid
-patch_nums = (1, 2, 3, 4, 6, 8)  # side of each token map
+patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each token map (VAR's at 256 px)
 pyramid = 'focus'               # focus, or scale: VAR's own tokenizer, the baseline
 focus_input = 'image'           # image: encode the defocused picture, pool its features; view: encode L_k (Eq. 3)
 focus_schedule = 'matched'      # matched | states | cosine
@@ -40,7 +39,7 @@ noise = (1e-3, 1e-2)            # β_1 and β_K of Eq. 3, images in [−1, 1]
 vocab_size = 8192               # codes (paper)
 code_width = 32                 # numbers a code
 channels = 160                  # width at full resolution
-channel_mult = (1, 2, 2)        # width at each resolution, relative to channels
+channel_mult = (1, 1, 2, 2, 4)  # width at each resolution, relative to channels
 res_blocks = 2                  # residual blocks at each resolution
 phis = 4                        # convolutions φ shared among the token maps
 # the alias tokenizer Q_A
@@ -61,17 +60,17 @@ reseed_every = 50               # steps between searches for dead codes
 reseed_until = 0.8              # share of the run after which codes are left alone
 dead_below = 0.03               # a code used less than this share of an even share is dead
 # optimisation
-steps = 1000                    # optimizer steps
-batch_size = 32                 # images a step, over all ranks
-lr = 1e-3                       # peak learning rate
-warmup = 50                     # steps of linear warm-up
+steps = 100_000                 # optimizer steps (paper)
+batch_size = 256                # images a step, over all ranks
+lr = 1e-4                       # peak learning rate
+warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
 weight_decay = 0.0              # on kernels; a decayed codebook collapses
 grad_clip = 1.0                 # largest gradient norm
 # bookkeeping
-eval_every = 500                # steps between validations
+eval_every = 2000               # steps between validations
 eval_images = 256               # held-out images a validation
-save_every = 500                # steps between checkpoints
+save_every = 2000               # steps between checkpoints
 log_every = 20                  # steps between log lines
 # system
 device = 'auto'                 # auto | cpu | cuda

@@ -1,0 +1,4 @@
+"""FVAR-d16 at 1024 pixels (Tables 2 and 4), on the token files of config/tokenizer_1024.py."""
+out_dir = 'out-d16_1024'
+tokenizer = 'out-tokenizer_1024/tokenizer.pt'
+depth = 16

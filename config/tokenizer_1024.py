@@ -1,0 +1,12 @@
+"""Both tokenizers at 1024 pixels: tokenizer_256's settings. The paper gives no token maps for this size; these are ours."""
+out_dir = 'out-tokenizer_1024'
+data = 'data/imagenet'
+workers = 8
+
+if script == 'train_tokenizer':
+    image_size, patch_nums = 1024, (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+    lambda_lpips, lambda_gan, gan_start = 1.0, 0.5, 20_000
+    betas = (0.5, 0.9)
+
+if script == 'encode':
+    crops = 10
