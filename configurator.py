@@ -16,6 +16,7 @@ this folder are left alone. `--help` prints the docstring and the settings with 
 import ast
 import difflib
 import sys
+import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -76,7 +77,7 @@ def parse_value(name, text, default):
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     if isinstance(default, tuple) and not isinstance(value, (tuple, list, str)):
         value = (value,)                                    # --classes=207
@@ -101,10 +102,10 @@ def read_config_file(path, script, settings):
     except SyntaxError as error:
         raise UserError(f'{path}, line {error.lineno}: not valid Python: {error.msg}') from None
     except Exception as error:
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        raise UserError(f'{path}, line {trace.tb_lineno}: {type(error).__name__}: {error}') from None
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f'{path}, line {lines[-1]}' if lines else str(path)
+        reason = ' '.join(str(error).splitlines())
+        raise UserError(f'{where}: {type(error).__name__}: {reason}') from None
 
     values, everyone = {}, None
     for name, value in scope.items():

@@ -271,7 +271,8 @@ class VAR(nn.Module):
 
 def map_of_position(patch_nums):
     """Which token map (from 0) each of the L positions belongs to."""
-    return torch.repeat_interleave(torch.arange(len(patch_nums)), torch.tensor([p * p for p in patch_nums]))
+    lengths = [p * p for p in patch_nums]
+    return torch.repeat_interleave(torch.arange(len(patch_nums)), torch.tensor(lengths), output_size=sum(lengths))
 
 
 def block_causal_mask(patch_nums):
@@ -376,10 +377,9 @@ class Teacher(nn.Module):
             for i in range(shared_blocks, depth))
         self.head_ada, self.head = copy.deepcopy(student.head_ada), copy.deepcopy(student.head)
 
-        alias_maps = torch.arange(maps - alias_scales - 1, maps - 1)            # k from 0: maps K−M … K−1
-        map_of_alias = torch.repeat_interleave(alias_maps, torch.tensor(student.lengths)[alias_maps])
-        map_of_query = map_of_position(student.patch_nums)
-        map_of_query = map_of_query[map_of_query >= maps - alias_scales]
+        map_of = map_of_position(student.patch_nums)                            # from 0, as k is below
+        map_of_query = map_of[map_of >= maps - alias_scales]
+        map_of_alias = map_of[(map_of >= maps - alias_scales - 1) & (map_of < maps - 1)]    # k = K−M … K−1, from 1
         self.first = sum(student.lengths[:-alias_scales])                       # first position that looks at alias
         self.register_buffer('map_of_alias', map_of_alias, persistent=False)
         self.register_buffer('alias_mask', map_of_query[:, None] >= map_of_alias[None, :], persistent=False)
@@ -493,8 +493,16 @@ def official_tokenizer_name(name, levels):
 
 
 def count_of(pattern, names):
-    """How many numbers the one group of a pattern takes over some names: blocks of a network."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
+    """How many numbers the one group of a pattern takes over some names: blocks of a network. At least 1: if there
+    are none, number 0 will be missed by its name."""
+    return max(1, len({match[1] for name in names if (match := re.match(pattern, name))}))
+
+
+class Published(dict):
+    """A copy of a published state dict; asking it for a weight it lacks is a UserError."""
+
+    def __missing__(self, name):
+        raise UserError(f'this state dict is not whole, or not as VAR publishes it: {name} is missing')
 
 
 def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
@@ -503,7 +511,7 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
     num_heads: where QK-norm's temperatures don't tell, VAR's rule, as many as blocks. Raises UserError when a
     dictionary is not what it should be or belongs to other patch_nums.
     """
-    vae, var = vae_state_dict, var_state_dict
+    vae, var = Published(vae_state_dict), Published(var_state_dict)
     if 'quantize.embedding.weight' not in vae:
         raise UserError('this is no published VAR tokenizer (it has no quantize.embedding.weight): give vae_ch160v4096z32.pth')
     if 'word_embed.weight' not in var:
@@ -519,6 +527,9 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
 
     channels, levels = vae['encoder.conv_in.weight'].shape[0], count_of(r'encoder\.down\.(\d+)\.', vae)
     mult = tuple(vae[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // channels for i in range(levels))
+    hits = vae['quantize.ema_vocab_hit_SV']
+    if len(hits) != len(patch_nums):                        # counts of other maps: VAR starts them anew as well
+        vae['quantize.ema_vocab_hit_SV'] = hits.new_zeros(len(patch_nums), vocab_size)
     tokenizer = StructureTokenizer(
         image_size=patch_nums[-1] * 2 ** (levels - 1), patch_nums=patch_nums, vocab_size=vocab_size, code_width=code_width,
         channels=channels, channel_mult=mult, res_blocks=count_of(r'encoder\.down\.0\.block\.(\d+)\.', vae),

@@ -1,6 +1,7 @@
 """The progressive refocusing pyramid (paper, section 3.2), and a picture of it.
 
     python pyramid.py photo.jpg --out=pyramid.png
+    python pyramid.py siemens_star --image_size=512     # or any other of the embedded charts
 
 draws three rows for any photo: the focused views L_k, the views D_k that plain downsampling gives, and
 what the blur removed, A_k = D_k − L_k. Every column is one token map k with its blur radius ρ_k and its
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from configurator import UserError, configure
 
 # picture
-photo = ''                                      # the photo to draw (or give it without --photo=)
+photo = ''                                      # the photo, or the name of an embedded chart (may stand without --photo=)
 out = 'pyramid.png'                             # where the drawing goes
 image_size = 256                                # the photo is cropped to a square and resized to this side
 # pyramid
@@ -203,12 +204,17 @@ def draw(images, patch_nums, radii, kernel, side=160):
 
 
 def main():
+    from data import Charts, normalize
     from pictures import load_photo, save_png
 
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
     radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
-    save_png(out, draw(load_photo(photo, image_size), patch_nums, radii, kernel))
+    if photo in Charts.classes:
+        images = normalize(Charts('val', image_size, len(Charts.classes)).images[[Charts.classes.index(photo)]])
+    else:
+        images = load_photo(photo, image_size)
+    save_png(out, draw(images, patch_nums, radii, kernel))
     print(f'wrote {out}: {len(patch_nums)} views of {photo}, radii ' + ' '.join(f'{r:.3g}' for r in radii))
 
 

@@ -171,8 +171,8 @@ def learning_rate(step, steps, peak, warmup, final=0.1):
 def adamw(module, lr, betas, weight_decay):
     """AdamW that decays matrices and kernels only: biases, gains, embeddings of one row are left alone."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
+    decayed = [p for p in parameters if sum(n > 1 for n in p.shape) >= 2]
+    others = [p for p in parameters if sum(n > 1 for n in p.shape) < 2]
     groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
@@ -238,7 +238,12 @@ def save_checkpoint(path, checkpoint):
     """Writes a dictionary of tensors and plain values; the file it replaces is kept as PATH.previous."""
     path = Path(path)
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:                       # torch's own complaint hides that the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        file.flush()
+        os.fsync(file.fileno())                             # only now may the old one step aside
         if path.exists():
             os.replace(path, previous(path))
 
@@ -257,6 +262,8 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
     candidates = [file for file in (Path(path), previous(path)) if file.is_file()]
     if not candidates:
         raise UserError(f'{path}: no such checkpoint' + (f'; {made_by} writes it' if made_by else ''))
+    if candidates[0] != Path(path):
+        print(f'warning: {path} is gone; going back to {candidates[0]}', file=sys.stderr)
     for file in candidates:
         checkpoint = read_weights(file, device, errors=candidates[-1] == file)
         if checkpoint is not None:
@@ -277,7 +284,7 @@ def read_weights(path, device='cpu', errors=True):
     except Exception as error:                 # zip, pickle and torch each raise their own kinds
         if not errors:
             return None
-        reason = 'it holds code, which is never run' if 'weights_only' in str(error).lower() else 'truncated or not a checkpoint'
+        reason = 'it holds code, which is never run' if 'unsupported global' in str(error).lower() else 'truncated or not a checkpoint'
         raise UserError(f'{path}: can not be read ({reason})') from None
 
 
@@ -304,7 +311,7 @@ def digest(state_dict):
     sha = hashlib.sha256()
     for name in sorted(state_dict):
         sha.update(name.encode())
-        sha.update(state_dict[name].detach().cpu().contiguous().numpy().tobytes())
+        sha.update(state_dict[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -384,6 +391,8 @@ def run(main):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(f'disk full while writing {error.filename or "a file"}: free some space; what was there before is intact', 1)
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            fail(f'{error.filename}: a file where a folder should be, or the other way round: choose another --out_dir', 2)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f'no permission for {error.filename}: choose another --out_dir', 2)
         raise

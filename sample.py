@@ -41,7 +41,7 @@ def choose_classes(wanted, names):
     """Class numbers to draw, checked; UserError for a number that is no class."""
     wanted = wanted or range(min(10, len(names)))
     for c in wanted:
-        if not 0 <= c < len(names):
+        if type(c) is not int or not 0 <= c < len(names):
             raise UserError(f'--classes: {c} is no class; this student knows 0 to {len(names) - 1}')
     return list(wanted)
 

@@ -185,6 +185,7 @@ def main():
             runtime.load_weights(teacher, saved['teacher'], state_file)
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
+        torch.set_rng_state(saved['random_state'].cpu())
         step = saved['step']
     runtime.say(f'student {count_parameters(student):.2f}M' + (f', teacher {count_parameters(teacher):.2f}M' if distill else '')
                 + f', {len(source.train)} pictures of {sum(student.lengths)} tokens, {len(source.classes)} classes')

@@ -49,6 +49,7 @@ alias_code_width = 8            # numbers a code
 alias_channels = 64             # width at full resolution; alias is sparse, so this is a small network
 alias_res_blocks = 1            # residual blocks at each resolution
 # loss
+warm_start = 0                  # steps without the quantizer: a plain autoencoder learns faster, and codes then start on its features
 beta = 0.25                     # commitment weight of the VQ loss
 lambda_focus = 0.1              # weight of one randomly chosen focus state a step
 lambda_lpips = 0.0              # weight of LPIPS; needs VGG weights on disk
@@ -230,7 +231,10 @@ def main():
         alias_views = alias.views(images, noise_of)
         alias.track_scale(alias_views, lambda t: runtime.all_reduce(t, average=True))
         with autocast():
-            picture, state_picture, vq, tokens, residuals = structure(images, noise_of, state)
+            if step < warm_start:
+                picture, state_picture, vq, tokens, residuals = structure.autoencode(images), None, images.new_zeros(()), [], []
+            else:
+                picture, state_picture, vq, tokens, residuals = structure(images, noise_of, state)
             alias_l2, alias_vq, alias_tokens, alias_vectors = alias(alias.normalised(alias_views))
             terms = reconstruction_terms(images, picture, state_picture, state, structure, lpips)
             terms |= {'vq': vq, 'alias_l2': alias_l2, 'alias_vq': alias_vq}
@@ -254,10 +258,11 @@ def main():
             gan_optimizer.step()
 
         # codebook health
-        structure.quantizer.codebook.count(tokens, runtime.all_reduce)
+        if tokens:
+            structure.quantizer.codebook.count(tokens, runtime.all_reduce)
         if alias.dual:
             alias.codebook.count(alias_tokens, runtime.all_reduce)
-        if reseed_every and step % reseed_every == 0 and step < reseed_until * steps:
+        if tokens and reseed_every and (step - warm_start) % reseed_every == 0 and step < reseed_until * steps:
             reseed_dead_codes(structure, alias, residuals, alias_vectors, step)
         step += 1
         bar.update()
@@ -266,7 +271,7 @@ def main():
             means = runtime.mean_terms(terms)
             log(step=step - 1, **means, grad_norm=norm, skipped=safe_step.skipped)
             bar.set_postfix(loss=f'{means["l1"] + means["l2"]:.4f}', vq=f'{means["vq"]:.3f}')
-        if step % eval_every == 0 or step == steps:
+        if step > warm_start and step % eval_every == 0 or step == steps:
             figures = validate(structure.eval(), alias, validation)
             log(step=step - 1, **{f'val_{name}': value for name, value in figures.items()})
             runtime.say(f'step {step}: PSNR {figures["psnr"]:.2f} dB, focus states {brief(figures["psnr_states"])}, '

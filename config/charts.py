@@ -5,15 +5,16 @@ data = 'charts'
 if script == 'train_tokenizer':
     image_size = 32
     patch_nums = (1, 2, 3, 4, 6, 8)
-    channel_mult = (1, 2, 2)            # reduces by 4
-    channels, res_blocks = 24, 1
+    channels, channel_mult, res_blocks = 16, (1, 1, 3), 1   # reduces by 4
     vocab_size, code_width = 512, 16
-    alias_vocab_size, alias_channels = 64, 16
+    alias_channels = 8
     # the paper's ρ_max = 12 at 256 px is 0.75 of its first sampling step s_1 = 16; here s_1 = 8, so 6 of 32 px
     max_radius = 48.0
-    steps, batch_size, lr = 1000, 32, 2e-3
+    steps, warm_start, batch_size, lr = 1000, 400, 16, 4e-3
+    eval_every, save_every = 200, 500
 
 if script == 'train_fvar':
-    depth = 4
-    steps, batch_size, lr, warmup = 600, 64, 1e-3, 50
-    eval_every, save_every = 300, 300
+    depth, width, num_heads = 4, 192, 4
+    teacher_blocks = 1
+    steps, batch_size, lr, warmup = 400, 32, 2e-3, 50
+    eval_every, save_every = 200, 200

@@ -1,0 +1,37 @@
+# Everything happens in a virtual environment of this folder. PYTHON is any Python of 3.10 or later.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+python = $(VENV)/bin/python
+run = $(python) $(1).py config/charts.py --out_dir=$(OUT)
+
+help:
+	@echo 'make demo      trains, samples and evaluates the whole method on optical test charts; pictures come to $(OUT)/'
+	@echo 'make test      runs the tests'
+	@echo 'make figures   draws the pictures of the README again, from what the demo trained'
+	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.12 takes another")'
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --quiet -r requirements.txt pytest
+	touch $@
+
+demo: $(VENV)/installed
+	$(call run,train_tokenizer)
+	$(call run,encode)
+	$(call run,train_fvar)
+	$(call run,sample)
+	$(call run,evaluate)
+
+test: $(VENV)/installed
+	$(python) -m pytest -q tests
+
+figures: $(VENV)/installed
+	$(python) pyramid.py siemens_star --out=figures/pyramid.png
+	$(python) sample.py --out_dir=$(OUT) --samples=figures/samples.png --gif=figures/focus.gif
+
+clean:
+	rm -rf $(OUT)
+
+.PHONY: help demo test figures clean

@@ -1,0 +1,175 @@
+"""pictures.py: grids, files that other programs can read, and photos that can not be read."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configurator import UserError
+from pictures import load_photo, picture_grid, save_gif, save_png, to_picture
+
+COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
+
+
+def pixels(picture):
+    return np.asarray(picture.convert('RGB')).astype(int)
+
+
+def noise(count, side):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# -----------------------------------------------------------------------------
+# grids
+
+def test_to_picture_keeps_rows_columns_and_channels_in_place():
+    image = torch.full((3, 2, 3), -1.0)
+    image[0, 1, 2] = 1.0                                    # red, bottom right
+    picture = to_picture(image)
+    assert picture.size == (3, 2) and picture.getpixel((2, 1)) == (255, 0, 0) and pixels(picture).sum() == 255
+
+
+def test_enlarging_repeats_pixels():
+    image = noise(1, 4)[0]
+    assert np.array_equal(pixels(to_picture(image, 12)), pixels(to_picture(image)).repeat(3, 0).repeat(3, 1))
+
+
+@pytest.mark.parametrize('count, columns, image_side, side, size', [
+    (6, 3, 8, 0, (3 * 64 + 2 * 2, 2 * 64 + 2)),             # small images are enlarged to 64 pixels
+    (6, 3, 48, 0, (3 * 96 + 2 * 2, 2 * 96 + 2)),            # or to the next multiple of their side
+    (5, 3, 100, 0, (3 * 100 + 2 * 2, 2 * 100 + 2)),         # large ones are left as they are; rows may end early
+    (4, 1, 8, 16, (16, 4 * 16 + 3 * 2)),
+    (1, 1, 8, 8, (8, 8)),
+])
+def test_a_grid_is_as_large_as_its_cells_and_the_gaps_between(count, columns, image_side, side, size):
+    assert picture_grid(noise(count, image_side), columns, side=side).size == size
+
+
+def test_every_image_stands_in_its_cell_and_gaps_are_white():
+    images = noise(5, 8)
+    grid = pixels(picture_grid(images, columns=3, side=16))
+    for i, image in enumerate(images):
+        top, left = 18 * (i // 3), 18 * (i % 3)
+        assert np.array_equal(grid[top:top + 16, left:left + 16], pixels(to_picture(image, 16)))
+    assert (grid[16:18] == 255).all() and (grid[:, 16:18] == 255).all() and (grid[18:, 36:] == 255).all()
+
+
+@pytest.mark.parametrize('columns_named, top', [(('a', 'b'), 24), (('a\n1', 'b'), 40)])
+def test_names_stand_left_of_rows_and_above_columns(columns_named, top):
+    images = noise(4, 64)
+    plain, named = picture_grid(images, 2), picture_grid(images, 2, ('first row', ''), columns_named)
+    left = named.width - plain.width
+    assert named.height - plain.height == top and left > 40
+    drawn = pixels(named)
+    assert np.array_equal(drawn[top:, left:], pixels(plain))                    # no name runs into a cell
+    assert (drawn[top:top + 64, :left] < 100).any() and (drawn[top + 66:, :left] == 255).all()
+    assert all((drawn[:top, left + 66 * i:left + 66 * i + 64] < 100).any() for i in range(2))
+
+
+def test_the_margin_fits_the_longest_name():
+    images = noise(2, 64)
+    short, long = (picture_grid(images, 1, ('x', name)) for name in ('x', 'a class with a long name'))
+    margin = pixels(long)[:, :long.width - 64]
+    assert long.width > short.width + 100 and (margin[:, -4:] == 255).all() and (margin[:, -40:] < 100).any()
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def test_a_png_comes_back_bit_for_bit_and_its_folder_is_made(tmp_path):
+    picture = picture_grid(noise(4, 8), 2, ('a', 'b'))
+    save_png(tmp_path / 'new' / 'grid.png', picture)
+    with Image.open(tmp_path / 'new' / 'grid.png') as back:
+        assert back.format == 'PNG' and np.array_equal(pixels(back), pixels(picture))
+    assert [p.name for p in (tmp_path / 'new').iterdir()] == ['grid.png']
+
+
+def read_gif(path):
+    """(frames as arrays, their durations in ms, how often it repeats: 0 is for ever)."""
+    with Image.open(path) as gif:
+        assert gif.format == 'GIF'
+        frames, durations, loop = [], [], gif.info['loop']
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(pixels(gif))
+            durations.append(gif.info['duration'])
+    return frames, durations, loop
+
+
+def test_a_gif_shows_every_frame_for_ever_and_rests_on_the_last(tmp_path):
+    save_gif(tmp_path / 'new' / 'a.gif', [Image.new('RGB', (30, 20), name) for name in COLOURS])
+    frames, durations, loop = read_gif(tmp_path / 'new' / 'a.gif')
+    assert durations == [500, 500, 500, 2000] and loop == 0
+    for frame, colour in zip(frames, COLOURS.values()):
+        assert frame.shape == (20, 30, 3) and np.abs(frame - colour).max() <= 1
+
+
+def test_a_gif_is_as_fast_as_it_is_told_to_be(tmp_path):
+    save_gif(tmp_path / 'a.gif', [Image.new('RGB', (8, 8), name) for name in COLOURS], seconds=0.1, last=1.5)
+    assert read_gif(tmp_path / 'a.gif')[1] == [100, 100, 100, 1500]
+
+
+def test_a_gif_of_one_frame_is_a_still(tmp_path):
+    save_gif(tmp_path / 'a.gif', [Image.new('RGB', (8, 8), 'red')])
+    assert len(read_gif(tmp_path / 'a.gif')[0]) == 1
+
+
+def test_every_frame_of_a_gif_has_its_own_colours(tmp_path):
+    """256 shades of red, then of blue: one palette for both would halve the shades."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    zero = np.zeros_like(ramp)
+    wanted = [np.stack([ramp, zero, zero], -1), np.stack([zero, zero, ramp], -1)]
+    save_gif(tmp_path / 'a.gif', [Image.fromarray(frame) for frame in wanted])
+    for frame, want in zip(read_gif(tmp_path / 'a.gif')[0], wanted):
+        assert np.abs(frame - want).max() <= 1
+
+
+# -----------------------------------------------------------------------------
+# photos
+
+@pytest.fixture(params=[(90, 40), (40, 90), (41, 40)])
+def photo(request, tmp_path):
+    """A blue photo of some shape whose centre square is lime with a black middle."""
+    width, height = request.param
+    image = Image.new('RGB', (width, height), 'blue')
+    image.paste('lime', ((width - 40) // 2, (height - 40) // 2, (width + 40) // 2 + 1, (height + 40) // 2 + 1))
+    image.paste('black', (width // 2 - 10, height // 2 - 10, width // 2 + 10, height // 2 + 10))
+    image.save(tmp_path / 'photo.png')
+    return str(tmp_path / 'photo.png')
+
+
+@pytest.mark.parametrize('image_size', [10, 20, 80])
+def test_a_photo_is_its_centre_square(photo, image_size):
+    image = load_photo(photo, image_size)
+    assert image.shape == (1, 3, image_size, image_size) and image.dtype == torch.float32
+    assert image.min() == -1 and image.max() == 1
+    corners = image[0][:, [1, 1, -2, -2], [1, -2, 1, -2]]
+    assert (corners - torch.tensor([[-1.0], [1.0], [-1.0]])).abs().max() < 0.3  # lime
+    quarter = image_size // 4 + 2
+    assert (image[..., quarter:-quarter, quarter:-quarter] < -0.7).all()       # black
+
+
+def broken(folder, kind):
+    path = folder / 'photo.png'
+    if kind == 'a folder':
+        path.mkdir()
+    elif kind == 'half a picture':
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind != 'missing':
+        path.write_bytes({'empty': b'', 'text': b'<html>404 not found</html>'}[kind])
+    return str(path)
+
+
+@pytest.mark.parametrize('kind, message', [('missing', 'no such picture'), ('empty', 'can not be read as a picture'),
+                                           ('text', 'can not be read as a picture'), ('a folder', 'can not be read as a picture'),
+                                           ('half a picture', 'can not be read as a picture')])
+def test_a_photo_that_can_not_be_read_is_named_in_one_line(tmp_path, kind, message):
+    with pytest.raises(UserError, match=f'photo.png.*{message}') as error:
+        load_photo(broken(tmp_path, kind), 32)
+    assert '\n' not in str(error.value)
+
+
+def test_a_name_with_odd_characters_is_still_one_line(tmp_path):
+    with pytest.raises(UserError, match='no such picture') as error:
+        load_photo(str(tmp_path / 'ph\noto é.png'), 32)
+    assert '\n' not in str(error.value) and str(error.value).isascii()

@@ -1,0 +1,524 @@
+"""runtime.py: files that survive crashes, runs that survive bad steps, and mistakes said in one line."""
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+
+import pytest
+import torch
+import torch.nn as nn
+
+import runtime
+from configurator import UserError
+from runtime import (Log, SafeStep, adamw, atomic_write, check_same, digest, learning_rate, load_checkpoint, load_weights,
+                     precision, read_log, read_weights, save_checkpoint, share_of_batch, write_json)
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """One rank, whatever started the tests."""
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def one_line(error):
+    return '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# ranks
+
+def test_a_batch_is_shared_evenly(monkeypatch):
+    assert share_of_batch(12) == 12 and share_of_batch(12, accumulate=3) == 4
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    assert share_of_batch(24) == 6 and share_of_batch(24, accumulate=2) == 3
+
+
+@pytest.mark.parametrize('ranks, batch_size, accumulate', [(4, 10, 1), (2, 4, 4), (1, 9, 2), (1, 0, 1), (1, 4, 0), (1, -4, 1)])
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, ranks, batch_size, accumulate):
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
+    with pytest.raises(UserError, match=f'batch_size={batch_size} .*{ranks} ranks × accumulate={accumulate}') as error:
+        share_of_batch(batch_size, accumulate)
+    assert one_line(error)
+
+
+def test_ranks_see_the_noise_that_one_rank_would(monkeypatch):
+    whole = runtime.shared_noise(runtime.generator(3))((6, 2))
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    parts = []
+    for rank in range(3):
+        monkeypatch.setenv('RANK', str(rank))
+        parts.append(runtime.shared_noise(runtime.generator(3))((2, 2)))
+    assert torch.equal(torch.cat(parts), whole) and len(torch.unique(whole)) == 12
+
+
+def test_one_rank_needs_nobody_to_talk_to():
+    x, module = torch.arange(3.0), nn.Linear(1, 1)
+    for same in (runtime.all_reduce(x), runtime.all_reduce(x, average=True), runtime.broadcast(x), runtime.gather(x)):
+        assert same is x and x.tolist() == [0, 1, 2]
+    assert runtime.parallel(module, CPU) is module
+    assert runtime.mean_terms({'ce': torch.tensor(2.0), 'kl': torch.tensor(0.5)}) == {'ce': 2.0, 'kl': 0.5}
+
+
+# -----------------------------------------------------------------------------
+# device, precision, reproducibility
+
+def test_start_seeds_torch_and_returns_the_device():
+    assert runtime.start('cpu', seed=5) == CPU
+    first = torch.rand(3)
+    runtime.start('cpu', seed=5)
+    assert torch.equal(torch.rand(3), first)
+    runtime.start('cpu', seed=6)
+    assert not torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize('device', ['toaster', 'cuda:99', ''])
+def test_a_device_that_is_not_there_is_one_line(device):
+    with pytest.raises(UserError, match=f'--device={device}: .*--device=auto takes what is there') as error:
+        runtime.start(device)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_has_fast_bfloat16_is_yes_or_no(device):
+    assert type(runtime.has_fast_bfloat16(torch.device(device))) is bool
+
+
+@pytest.mark.parametrize('capability, answer', [('avx512_bf16', True), ('amx_bf16', True), ('avx2', False)])
+def test_a_cpu_is_fast_in_bfloat16_if_it_has_the_instructions(monkeypatch, capability, answer):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {capability: True, 'amx_tile': False})
+    assert runtime.has_fast_bfloat16(CPU) is answer
+
+
+@pytest.mark.parametrize('dtype, fast, got', [('float32', True, torch.float32), ('bfloat16', False, torch.bfloat16),
+                                              ('auto', False, torch.float32), ('auto', True, torch.bfloat16)])
+def test_precision_is_what_matrices_are_multiplied_in(monkeypatch, dtype, fast, got):
+    monkeypatch.setattr(runtime, 'has_fast_bfloat16', lambda device: fast)
+    autocast, scaler = precision(dtype, CPU)
+    for _ in range(2):                                      # a factory: every step opens a new one
+        with autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == got
+    assert not scaler.is_enabled()
+
+
+@pytest.mark.parametrize('dtype, message', [('float64', 'choose auto, float32, bfloat16 or float16'), ('', 'choose auto'),
+                                            ('float16', 'needs a GPU')])
+def test_a_precision_that_will_not_do_is_one_line(dtype, message):
+    with pytest.raises(UserError, match=f'--dtype={dtype} ?.*{message}') as error:
+        precision(dtype, CPU)
+    assert one_line(error)
+
+
+def test_a_generator_is_a_function_of_its_numbers():
+    def draw(*numbers):
+        return torch.rand(4, generator=runtime.generator(*numbers)).tolist()
+
+    assert draw(0, 7) == draw(0, 7) == draw(torch.tensor(0), 7)
+    different = [(0, 7), (7, 0), (0, 8), (1, 7), (0,), (7,), (0, 7, 0), (), (-1,), (2 ** 70,)]
+    assert len({tuple(draw(*numbers)) for numbers in different}) == len(different)
+
+
+def test_a_generator_is_the_same_on_every_machine():
+    assert runtime.generator(0, 7).initial_seed() == 239_435_918_000_331_489
+
+
+# -----------------------------------------------------------------------------
+# optimisation
+
+def test_learning_rate_warms_up_in_a_line_then_falls_to_its_final_share():
+    rates = [learning_rate(step, 1000, 2.0, warmup=10) for step in range(1001)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rates[10] == max(rates) == 2.0
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[505] == pytest.approx(2.0 * (0.1 + 0.9 / 2))                   # half way down a cosine
+    assert rates[999] == pytest.approx(0.2, rel=1e-3) and rates[1000] == pytest.approx(0.2)
+
+
+def test_learning_rate_with_another_final_share_and_no_warm_up():
+    assert learning_rate(0, 100, 3.0, warmup=0) == 3.0
+    assert learning_rate(100, 100, 3.0, warmup=0, final=0.0) == pytest.approx(0, abs=1e-6)
+    assert learning_rate(5, 5, 3.0, warmup=5) == 3.0                            # nothing left to fall in
+
+
+class Zoo(nn.Module):
+    """One parameter of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.table = nn.Conv2d(2, 3, 3), nn.LayerNorm(4), nn.Embedding(5, 4)
+        self.one_row = nn.Parameter(torch.ones(1, 1, 4))
+        self.temperatures = nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+
+
+def weight_decay_of(zoo):
+    """Name of every parameter that is trained → its weight decay."""
+    groups = adamw(zoo, lr=0.1, betas=(0.8, 0.9), weight_decay=0.5).param_groups
+    decay = {parameter: group['weight_decay'] for group in groups for parameter in group['params']}
+    return {name: decay[parameter] for name, parameter in zoo.named_parameters() if parameter in decay}
+
+
+def test_adamw_decays_matrices_and_kernels_but_no_vectors():
+    decay = weight_decay_of(Zoo())
+    assert decay['conv.weight'] == decay['table.weight'] == 0.5
+    assert decay['conv.bias'] == decay['norm.weight'] == decay['norm.bias'] == 0
+    assert 'frozen' not in decay and len(decay) == 7
+
+
+def test_adamw_sees_a_vector_in_every_shape_it_may_have():
+    """A start token (1, 1, D) and the temperatures (1, H, 1, 1) of QK-norm are no matrices."""
+    decay = weight_decay_of(Zoo())
+    assert decay['one_row'] == 0 and decay['temperatures'] == 0
+
+
+def test_adamw_passes_on_its_settings():
+    assert all(group['lr'] == 0.1 and group['betas'] == (0.8, 0.9)
+               for group in adamw(Zoo(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.5).param_groups)
+
+
+def descent(grad_clip=1.0, scaler=None):
+    """(parameter at the origin, a step along a given gradient by plain descent, the SafeStep)."""
+    parameter = nn.Parameter(torch.zeros(2))
+    safe_step = SafeStep(torch.optim.SGD([parameter], lr=123.0), scaler or precision('float32', CPU)[1], grad_clip)
+
+    def step(*gradient, lr=1.0):
+        parameter.grad = torch.tensor(gradient)
+        return safe_step([parameter], lr)
+    return parameter, step, safe_step
+
+
+def test_a_step_goes_down_the_gradient_and_clears_it():
+    parameter, step, safe_step = descent(grad_clip=100.0)
+    assert step(3.0, 4.0, lr=0.5) == pytest.approx(5.0)
+    assert parameter.tolist() == pytest.approx([-1.5, -2.0]) and parameter.grad is None and safe_step.skipped == 0
+
+
+def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
+    parameter, step, _ = descent(grad_clip=1.0)
+    assert step(3.0, 4.0) == pytest.approx(5.0)
+    assert parameter.tolist() == pytest.approx([-0.6, -0.8], rel=1e-4)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
+    parameter, step, safe_step = descent()
+    assert not math.isfinite(step(bad, 1.0))
+    assert parameter.tolist() == [0, 0] and parameter.grad is None and safe_step.skipped == safe_step.in_a_row == 1
+
+
+def test_ten_bad_steps_in_a_row_give_up():
+    parameter, step, safe_step = descent()
+    for _ in range(9):
+        step(math.nan, 1.0)
+    with pytest.raises(FloatingPointError, match='ten steps in a row.*lower --lr') as error:
+        step(math.nan, 1.0)
+    assert one_line(error) and parameter.tolist() == [0, 0] and safe_step.skipped == 10
+
+
+def test_a_good_step_starts_the_count_again():
+    parameter, step, safe_step = descent()
+    for _ in range(3):
+        for _ in range(9):
+            step(math.inf, 1.0)
+        step(0.1, 0.0)
+        assert safe_step.in_a_row == 0
+    assert safe_step.skipped == 27 and parameter.tolist() == pytest.approx([-0.3, 0])
+
+
+def test_a_float16_scaler_may_skip_its_way_down_to_one():
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 14)
+    scaler.scale(torch.ones(1))
+    _, step, _ = descent(scaler=scaler)
+    for _ in range(13):
+        step(math.inf, 1.0)
+    assert scaler.get_scale() == 2
+    with pytest.raises(FloatingPointError):
+        step(math.inf, 1.0)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def test_atomic_write_makes_folders_and_leaves_only_the_file(tmp_path):
+    with atomic_write(tmp_path / 'new' / 'deep' / 'a.bin') as file:
+        file.write(b'whole')
+        assert not (tmp_path / 'new' / 'deep' / 'a.bin').exists()
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / 'new' / 'deep').iterdir()] == [('a.bin', b'whole')]
+
+
+@pytest.mark.parametrize('existing', [[], ['a.txt']])
+@pytest.mark.parametrize('failure', [ValueError, KeyboardInterrupt])
+def test_a_failure_while_writing_leaves_what_was_there_and_nothing_else(tmp_path, existing, failure):
+    for name in existing:
+        (tmp_path / name).write_text('old')
+    with pytest.raises(failure):
+        with atomic_write(tmp_path / 'a.txt', 'w') as file:
+            file.write('ne')
+            raise failure
+    assert [p.name for p in tmp_path.iterdir()] == existing
+    assert all((tmp_path / name).read_text() == 'old' for name in existing)
+
+
+def test_write_json_ends_with_a_newline_and_keeps_utf8(tmp_path):
+    write_json(tmp_path / 'a.json', {'ρ': [1, 0.5], 'nothing': None})
+    text = (tmp_path / 'a.json').read_text(encoding='utf-8')
+    assert json.loads(text) == {'ρ': [1, 0.5], 'nothing': None} and text.endswith('}\n')
+
+
+def saved(step):
+    return {'kind': 'toy', 'step': step, 'weights': {'w': torch.full((3,), float(step))}, 'config': {'sizes': (1, 2), 'lr': 0.1}}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint saved twice: step 2, and step 1 as its previous one."""
+    path = tmp_path / 'toy.pt'
+    save_checkpoint(path, saved(1))
+    save_checkpoint(path, saved(2))
+    return path
+
+
+def test_a_checkpoint_comes_back_as_it_was(checkpoint):
+    loaded = load_checkpoint(checkpoint, 'toy')
+    assert torch.equal(loaded['weights'].pop('w'), torch.full((3,), 2.0))
+    assert loaded == {'kind': 'toy', 'step': 2, 'weights': {}, 'config': {'sizes': (1, 2), 'lr': 0.1}}
+
+
+def test_the_checkpoint_before_is_kept_and_no_other(checkpoint):
+    save_checkpoint(checkpoint, saved(3))
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 3
+    assert load_checkpoint(runtime.previous(checkpoint), 'toy')['step'] == 2
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ['toy.pt', 'toy.pt.previous']
+
+
+def test_a_checkpoint_that_can_not_be_written_leaves_both_that_were_there(checkpoint):
+    with pytest.raises(Exception, match='pickle|local object'):
+        save_checkpoint(checkpoint, {'kind': 'toy', 'oops': lambda: None})
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 2
+    assert load_checkpoint(runtime.previous(checkpoint), 'toy')['step'] == 1
+    assert len(list(checkpoint.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize('share', [0, 0.5, 0.99])
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(checkpoint, capsys, share):
+    os.truncate(checkpoint, int(share * checkpoint.stat().st_size))
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 1
+    assert capsys.readouterr().err == f'warning: {checkpoint} is damaged; going back to {checkpoint}.previous\n'
+
+
+def test_a_checkpoint_that_is_gone_falls_back_to_the_one_before_with_a_warning(checkpoint, capsys):
+    checkpoint.unlink()
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 1
+    assert str(checkpoint) in (warning := capsys.readouterr().err) and warning.startswith('warning: ')
+
+
+def test_a_whole_checkpoint_gives_no_warning(checkpoint, capsys):
+    load_checkpoint(checkpoint, 'toy')
+    assert capsys.readouterr().err == ''
+
+
+def test_two_damaged_checkpoints_are_an_error(checkpoint, capsys):
+    for path in (checkpoint, runtime.previous(checkpoint)):
+        os.truncate(path, 100)
+    with pytest.raises(UserError, match='toy.pt.previous: can not be read') as error:
+        load_checkpoint(checkpoint, 'toy')
+    assert one_line(error)
+
+
+def test_a_missing_checkpoint_says_who_writes_it(tmp_path):
+    with pytest.raises(UserError, match='toy.pt: no such checkpoint; train_toy.py writes it'):
+        load_checkpoint(tmp_path / 'toy.pt', 'toy', made_by='train_toy.py')
+    with pytest.raises(UserError, match='no such checkpoint$'):
+        load_checkpoint(tmp_path / 'toy.pt', 'toy')
+
+
+@pytest.mark.parametrize('content, message', [({'kind': 'student'}, 'holds student, not toy'), ({}, 'holds something else, not toy'),
+                                              ([1, 2], 'holds something else, not toy'), (torch.zeros(2), 'holds something else, not toy')])
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / 'a.pt')
+    with pytest.raises(UserError, match=f'a.pt {message}') as error:
+        load_checkpoint(tmp_path / 'a.pt', 'toy')
+    assert one_line(error)
+
+
+class Trap:
+    """Unpickled by someone careless, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    torch.save({'kind': 'toy', 'weights': Trap(tmp_path / 'sprung')}, tmp_path / 'a.pt')
+    with pytest.raises(UserError, match='a.pt: can not be read .it holds code, which is never run') as error:
+        load_checkpoint(tmp_path / 'a.pt', 'toy')
+    assert one_line(error) and not (tmp_path / 'sprung').exists()
+    torch.load(tmp_path / 'a.pt', weights_only=False)       # it would have been
+    assert (tmp_path / 'sprung').exists()
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03'])
+def test_a_file_that_is_no_checkpoint_is_not_accused_of_holding_code(tmp_path, content):
+    (tmp_path / 'a.pt').write_bytes(content)
+    with pytest.raises(UserError, match='a.pt: can not be read .truncated or not a checkpoint') as error:
+        read_weights(tmp_path / 'a.pt')
+    assert one_line(error) and read_weights(tmp_path / 'a.pt', errors=False) is None
+
+
+def test_missing_weights_are_one_line(tmp_path):
+    with pytest.raises(UserError, match='a.pt: no such file'):
+        read_weights(tmp_path / 'a.pt')
+
+
+@pytest.mark.parametrize('other, difference', [(nn.Linear(2, 4), 'size mismatch for weight'), (nn.Bilinear(1, 2, 3), 'size mismatch'),
+                                               (nn.Linear(2, 3, bias=False), 'Missing key.*bias'), (nn.Embedding(3, 2), 'Missing key')])
+def test_weights_of_another_model_are_refused_in_one_line(other, difference):
+    with pytest.raises(UserError, match=f'student.pt does not fit this model: {difference}.*another config') as error:
+        load_weights(nn.Linear(2, 3), other.state_dict(), 'student.pt')
+    assert one_line(error)
+
+
+def test_weights_that_fit_are_loaded():
+    a, b = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_weights(a, b.state_dict(), 'student.pt')
+    assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
+
+
+def test_a_resumed_run_must_have_the_settings_it_was_made_with():
+    old, now = {'depth': 4, 'lr': 0.1, 'sizes': (1, 2)}, {'depth': 4, 'lr': 0.2, 'sizes': (1, 2), 'new': 1}
+    check_same(old, now, ['depth', 'sizes', 'new'], 'a.pt')
+    with pytest.raises(UserError, match='a.pt was made with lr=0.1, this run has 0.2') as error:
+        check_same(old, now, ['depth', 'lr'], 'a.pt')
+    assert one_line(error)
+
+
+def test_digest_follows_weights_and_names_and_nothing_else(tmp_path):
+    def weights(last=4.0, name='b'):
+        return {'a': torch.tensor([1, 2]), name: torch.tensor([3.0, last])}
+
+    same = digest(weights())
+    torch.save(weights(), tmp_path / 'a.pt')
+    assert digest(dict(reversed(weights().items()))) == digest(torch.load(tmp_path / 'a.pt')) == same
+    assert digest({'a': weights()['a'], 'b': torch.tensor([[3.0, 0.0], [4.0, 0.0]])[:, 0].requires_grad_()}) == same
+    assert len({same, digest(weights(last=4.0000005)), digest(weights(name='c')), digest({})}) == 4
+
+
+def test_digest_is_the_same_on_every_machine():
+    """The name, then the numbers as little-endian float32."""
+    assert digest({'w': torch.arange(4.0)}) == hashlib.sha256(b'w' + struct.pack('<4f', 0, 1, 2, 3)).hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# logs
+
+def test_a_log_is_json_lines(tmp_path):
+    log = Log(tmp_path / 'new' / 'a.jsonl')
+    log(step=0, loss=1.5, per_map=[1, 2])
+    lines = (tmp_path / 'new' / 'a.jsonl').read_text().splitlines()                # readable while the run goes on
+    assert [json.loads(line) for line in lines] == [{'step': 0, 'loss': 1.5, 'per_map': [1, 2]}]
+
+
+def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
+    log = Log(tmp_path / 'a.jsonl')
+    for step in range(5):
+        log(step=step, run=1)
+    log = Log(tmp_path / 'a.jsonl', first_step=3)
+    log(step=3, run=2)
+    assert [(record['step'], record['run']) for record in read_log(tmp_path / 'a.jsonl')] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+def test_a_new_run_starts_a_new_log(tmp_path):
+    for run in (1, 2):
+        Log(tmp_path / 'a.jsonl')(step=0, run=run)
+    assert read_log(tmp_path / 'a.jsonl') == [{'step': 0, 'run': 2}]
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    Log(tmp_path / 'a.jsonl')(step=0)
+    with open(tmp_path / 'a.jsonl', 'a') as file:
+        file.write('{"step": 1, "lo')
+    assert read_log(tmp_path / 'a.jsonl') == [{'step': 0}]
+    Log(tmp_path / 'a.jsonl', first_step=1)(step=1)
+    assert (tmp_path / 'a.jsonl').read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path):
+    assert read_log(tmp_path / 'a.jsonl') == []
+
+
+def test_only_rank_0_logs_and_speaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    Log(tmp_path / 'a.jsonl')(step=0)
+    runtime.say('hello')
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ''
+    monkeypatch.setenv('RANK', '0')
+    runtime.say('hello', 3)
+    assert capsys.readouterr().out == 'hello 3\n'
+
+
+# -----------------------------------------------------------------------------
+# the outermost frame
+
+def fails(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize('error, status, message', [
+    (UserError('--steps takes int'), 2, '--steps takes int'),
+    (FloatingPointError('ten steps in a row'), 1, 'ten steps in a row'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'), 1, 'out of GPU memory: lower --batch_size'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
+    (OSError(errno.EDQUOT, 'Disk quota exceeded', 'out/a.pt'), 1, 'disk full while writing out/a.pt'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'out/a.pt'), 2, 'no permission for out/a.pt'),
+    (OSError(errno.EROFS, 'Read-only file system', 'out/a.pt'), 2, 'no permission for out/a.pt'),
+    (KeyboardInterrupt(), 130, 'interrupted'),
+], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value))
+def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message):
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(fails(error))
+    shown = capsys.readouterr()
+    assert stop.value.code == status and shown.out == ''
+    assert shown.err.startswith(f'error: {message}') and shown.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('error', [ValueError('a bug'), OSError(errno.EIO, 'Input/output error')])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as raised:
+        runtime.run(fails(error))
+    assert raised.value is error
+
+
+def test_success_says_how_long_it_took(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['somewhere/toy.py'])
+    runtime.run(lambda: None)
+    assert capsys.readouterr().out == 'toy.py: done in 0 s\n'
+
+
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > 500:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return super().write(data)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(checkpoint, monkeypatch, capsys):
+    """torch.save says "unexpected pos" and hides the cause."""
+    def write():
+        monkeypatch.setattr('builtins.open', lambda *_, **__: FullDisk())
+        save_checkpoint(checkpoint, saved(3))
+
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(write)
+    monkeypatch.undo()
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith('error: disk full')
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 2
