@@ -75,14 +75,14 @@ def siemens_star(rng, x, y):
 
 def zone_plate(rng, x, y):
     u, v = place(rng, x, y, shift=0.12)
-    # cycles a side at half a side from the centre; 32 px carry 16, so the corners come close to that
-    frequency, phase = rng.uniform(8, 12), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
+    # cycles a side at half a side from the centre, √2 times that in the corners; 32 px carry 16
+    frequency, phase = rng.uniform(5, 8), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
     return 0.5 + 0.5 * np.cos(2 * math.pi * frequency * (u * u + v * v) + phase)
 
 
 def line_grating(rng, x, y):
     u, _ = place(rng, x, y, shift=0.5)
-    return cover(stripes(u, period=rng.uniform(0.09, 0.25), inked=rng.uniform(0.35, 0.65)))
+    return cover(stripes(u, period=rng.uniform(0.12, 0.28), inked=rng.uniform(0.35, 0.65)))
 
 
 def checkerboard(rng, x, y):
@@ -102,7 +102,7 @@ def halftone_dots(rng, x, y):
 
 def text(rng, x, y):
     side = len(y)
-    height = int(rng.integers(26, 45)) / 128                # whole fine samples from 32 px up
+    height = int(rng.integers(48, 69)) / 128                # whole fine samples from 32 px up
     sheet = Image.new('L', (side, side))
     draw = ImageDraw.Draw(sheet)
     top = -rng.uniform(0, 0.7) * height
@@ -127,7 +127,7 @@ def font(size):
 
 def brick(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.26)
-    height, length, mortar = rng.uniform(0.14, 0.24), rng.uniform(2, 2.6), rng.uniform(0.18, 0.28)
+    height, length, mortar = rng.uniform(0.2, 0.3), rng.uniform(2, 2.6), rng.uniform(0.24, 0.34)
     odd_row = np.floor(v / height) % 2
     return cover(np.minimum(stripes(v, height, 1 - mortar),
                             stripes(u + odd_row * (length * height / 2), length * height, 1 - mortar / length)))

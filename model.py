@@ -410,10 +410,15 @@ class Teacher(nn.Module):
 def distillation_loss(student_logits, teacher_logits, student_features, teacher_features):
     """The two terms by which the student learns from the teacher (Eq. 12), gradients to the student only.
 
-    feature: mean squared difference a feature element, averaged over the blocks.
+    feature: mean squared difference a feature element, averaged over the blocks. Features are compared after the
+    LayerNorm through which every later layer sees them: the bare residual streams drift apart in size, and pulling
+    them together stopped students from learning at the learning rates that small models want.
     kl: KL(p_teacher ‖ p_student), mean over positions, nats.
     """
-    feature = sum(F.mse_loss(s.float(), t.detach().float()) for s, t in zip(student_features, teacher_features))
+    def seen(x):
+        return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+    feature = sum(F.mse_loss(seen(s), seen(t.detach())) for s, t in zip(student_features, teacher_features))
     kl = F.kl_div(student_logits.log_softmax(-1).flatten(0, 1), teacher_logits.detach().log_softmax(-1).flatten(0, 1),
                   log_target=True, reduction='batchmean')
     return {'feature': feature / len(teacher_features), 'kl': kl}

@@ -27,12 +27,13 @@ from runtime import load_checkpoint, load_weights
 # convolutional encoder and decoder
 
 def group_norm(channels):
-    """32 groups as in VQGAN, where 32 divides the width; else up to 8, of two channels at least.
+    """32 groups as in VQGAN, where 32 divides the width; else 8, 4, 2 or 1, of two channels at least.
 
     A group of one channel loses the mean colour of the picture, all that the first token map holds: so no small
     network should be 32 channels wide.
     """
-    return nn.GroupNorm(32 if channels % 32 == 0 else math.gcd(8, channels // 2), channels, eps=1e-6)
+    groups = 32 if channels % 32 == 0 else next((g for g in (8, 4, 2) if channels % g == 0 and channels > g), 1)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -254,7 +255,8 @@ class MultiScaleQuantizer(nn.Module):
     def phi_of_map(self, k):
         """The index of the φ whose tick lies nearest to k/(K−1), k from 0."""
         phis, maps = len(self.phi), len(self.patch_nums)
-        ticks = torch.linspace(1 / 3 / phis, 1 - 1 / 3 / phis, phis, dtype=torch.float64)
+        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # the published rule
+        ticks = torch.linspace(edge, 1 - edge, phis, dtype=torch.float64)
         return (ticks - k / max(1, maps - 1)).abs().argmin().item()
 
     def contribution(self, tokens, k):

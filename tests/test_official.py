@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from configurator import UserError
 from model import VAR, filter_logits, load_official, to_official
@@ -171,14 +170,16 @@ def ends(name, deep, shallow, first, last):
     """What encoder and decoder have outside their levels: `deep` is the width in the middle, first and last are convolutions."""
     middle = (res_block(f'{name}.mid.block_1', deep, deep) | attention(f'{name}.mid.attn_1', deep)
               | res_block(f'{name}.mid.block_2', deep, deep))
-    return middle | layer(f'{name}.conv_in', *first, 3, 3) | layer(f'{name}.norm_out', shallow) | layer(f'{name}.conv_out', *last, 3, 3)
+    return (middle | layer(f'{name}.conv_in', *first, 3, 3) | layer(f'{name}.norm_out', shallow)
+            | layer(f'{name}.conv_out', *last, 3, 3))
 
 
 def vae_shapes(ch, V, C, maps, mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4):
     """The published VQ-VAE's state dict. Both encoder and decoder number their levels from the full-size picture inwards."""
     widths = [ch * m for m in mult]
     deepest = len(widths) - 1
-    shapes = ends('encoder', widths[-1], widths[-1], (ch, 3), (C, widths[-1])) | ends('decoder', widths[-1], ch, (widths[-1], C), (3, ch))
+    shapes = ends('encoder', widths[-1], widths[-1], (ch, 3), (C, widths[-1]))
+    shapes |= ends('decoder', widths[-1], ch, (widths[-1], C), (3, ch))
     for i, width in enumerate(widths):
         before, below = widths[max(0, i - 1)], widths[min(deepest, i + 1)]
         for side, count, entering in (('encoder.down', res_blocks, before), ('decoder.up', res_blocks + 1, below)):
@@ -293,7 +294,8 @@ def reference_logits(weights, heads, labels, inputs):
 
 
 def test_the_reference_of_this_file_gives_the_published_logits(published):
-    logits = reference_logits(published['var_state_dict'], published['config']['num_heads'], published['labels'], published['var_input'])
+    weights, heads = published['var_state_dict'], published['config']['num_heads']
+    logits = reference_logits(weights, heads, published['labels'], published['var_input'])
     agree(logits, published['logits'], 1e-5)
 
 

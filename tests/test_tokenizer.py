@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from configurator import UserError
 from data import Charts, normalize
 from pyramid import build_pyramid, defocus, focus_radii
+from runtime import adamw
 from tokenizer import (AliasTokenizer, Codebook, MultiScaleQuantizer, StructureTokenizer, group_norm, straight_through,
                        vq_loss)
 
@@ -267,12 +268,12 @@ def test_the_vq_loss_compares_at_the_map_or_as_var_does_at_full_size(pyramid):
     assert vq.item() == pytest.approx(sum(by_hand) / 6, rel=1e-4)
 
 
-def test_sixty_steps_on_eight_charts_lower_the_squared_error_to_a_third():
+def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
     torch.manual_seed(0)
     images, generator = normalize(Charts('train', 16, 8).images), seeded()
-    tokenizer = StructureTokenizer(16, (1, 2, 4), 64, 8, 16, (1, 1, 1), 1, max_radius=48.0)
+    tokenizer = StructureTokenizer(16, (1, 2, 4, 8), 64, 8, 16, (1, 1), 1, max_radius=48.0)
     codebook = tokenizer.quantizer.codebook
-    optimizer = torch.optim.Adam(tokenizer.parameters(), 2e-3)
+    optimizer = adamw(tokenizer, 2e-3, (0.9, 0.95), weight_decay=0.0)
 
     def error():
         return F.mse_loss(tokenizer.decode(tokenizer.encode(images)), images).item()
@@ -282,11 +283,12 @@ def test_sixty_steps_on_eight_charts_lower_the_squared_error_to_a_third():
         picture, _, vq, tokens, residuals = tokenizer(images, generator, -1)
         optimizer.zero_grad()
         (F.mse_loss(picture, images) + vq).backward()
+        nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
         codebook.count(tokens, lambda hits: hits, decay=0.9)
-        if step % 10 == 9:
+        if step % 10 == 0:
             codebook.reseed([r.flatten(2).transpose(1, 2).flatten(0, 1) for r in residuals], generator, 0.03)
-    assert error() < before / 3 and error() < images.var() / 3
+    assert error() < before / 4 and error() < images.var() / 3
     assert len(torch.cat(tokens, 1).unique()) > 20
 
 
@@ -327,9 +329,10 @@ def test_dead_codes_move_onto_given_vectors_and_live_ones_stay():
 
 def test_reseeding_is_a_function_of_its_generator():
     weights = []
-    for seed in (3, 3, 4):
+    for i, seed in enumerate((3, 3, 4)):
         torch.manual_seed(0)
         codebook, vectors = unused_codes()
+        torch.manual_seed(i)                                # of no consequence
         codebook.reseed(vectors, seeded(seed), 0.03)
         weights.append(codebook.weight.detach())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -463,11 +466,7 @@ def test_an_alias_tokenizer_of_another_reduction_is_refused():
         AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1))
 
 
-ONE_CHANNEL_GROUPS = pytest.mark.xfail(strict=True, reason='group_norm gives 2, 4 and 8 channels groups of one')
-
-
-@pytest.mark.parametrize('width', [6, 12, 16, 20, 24, 40, 48, 72, 80, 144, 400,
-                                   *(pytest.param(width, marks=ONE_CHANNEL_GROUPS) for width in (2, 4, 8))])
+@pytest.mark.parametrize('width', [2, 4, 6, 8, 12, 16, 20, 24, 40, 48, 72, 80, 144, 400])
 def test_no_group_of_a_norm_is_a_single_channel(width):
     norm = group_norm(width)
     assert width // norm.num_groups >= 2 and width % norm.num_groups == 0 and norm.eps == 1e-6

@@ -1,0 +1,22 @@
+"""Photographs at 64 pixels on a small machine: python train_tokenizer.py config/folder64.py --data=DIR, and so on."""
+out_dir = 'out-folder64'
+
+if script == 'train_tokenizer':
+    data = 'data/folder'                # DIR holds train/<class>/* and val/<class>/*
+    image_size = 64
+    patch_nums = (1, 2, 3, 4, 6, 8)
+    channels, channel_mult, res_blocks = 16, (1, 1, 3, 3), 1    # reduces by 8
+    vocab_size, code_width = 1024, 16
+    alias_channels = 8
+    max_radius = 24.0                   # 0.75 of the first sampling step, as ρ_max = 12 is at 256 px: here 6 of 64 px
+    steps, warm_start, batch_size, lr = 2000, 800, 16, 3e-3
+    eval_every, save_every = 500, 500
+
+if script == 'encode':
+    crops = 4
+
+if script == 'train_fvar':
+    depth, width, num_heads = 4, 256, 4
+    teacher_blocks = 1
+    steps, batch_size, lr, warmup = 1000, 32, 1e-3, 100
+    eval_every, save_every = 250, 500

@@ -1,0 +1,351 @@
+"""The promises about training: any number of ranks, any interruption, any number of passes a step give the same run."""
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import encode
+import model
+import runtime
+import train_fvar
+import train_tokenizer
+from configurator import HERE, UserError, read_config_file
+from data import Charts
+
+CHARTS_CONFIG = HERE / 'config' / 'charts.py'
+# the demo with smaller pictures, three token maps and networks of a few thousand weights
+STAGE1 = dict(image_size=24, patch_nums=(1, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, code_width=8,
+              alias_vocab_size=16, alias_code_width=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
+              eval_images=8, log_every=1, dtype='float32', device='cpu')
+STAGE2 = dict(depth=2, width=32, num_heads=2, drop_path=0.2, steps=12, batch_size=8, warmup=2, eval_pictures=20, log_every=1,
+              dtype='float32', device='cpu')
+GAN = dict(lambda_gan=0.5, gan_start=2, gan_channels=8)
+
+
+def settings_of(script, settings):
+    return script.config | read_config_file(CHARTS_CONFIG, script.__name__, script.config) | settings
+
+
+def run(script, **settings):
+    """main() of an imported script with config/charts.py and these settings."""
+    config = settings_of(script, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (config | {'config': config}).items():
+            patch.setattr(script, name, value)
+        script.main()
+
+
+def run_on_two_ranks(script, **settings):
+    """The same by torchrun, in two processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'{script.__name__}.py',
+               str(CHARTS_CONFIG), *(f'--{name}={value}' for name, value in settings.items())]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def run_with_an_interruption(script, at, **settings):
+    """The same, stopped in step `at` and resumed from the last checkpoint before it."""
+    def schedule(step, *arguments, rate=runtime.learning_rate):
+        if step == at:
+            raise KeyboardInterrupt
+        return rate(step, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runtime, 'learning_rate', schedule)
+        run(script, **settings)
+    run(script, **settings | {'init_from': 'resume'})
+
+
+def log_of(out, name):
+    """(records of the training steps, records of the validations)."""
+    records = runtime.read_log(out / f'{name}.jsonl')
+    return [r for r in records if 'grad_norm' in r], [r for r in records if 'grad_norm' not in r]
+
+
+def tensors(value, path=''):
+    """{path: tensor} of everything in nested dictionaries and lists; numbers become tensors."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: t for key, item in items for name, t in tensors(item, f'{path}/{key}').items()}
+    return {path: torch.as_tensor(value)} if isinstance(value, (torch.Tensor, int, float)) else {}
+
+
+def state_of(file, *parts):
+    state = torch.load(file, weights_only=True)
+    return tensors({part: state[part] for part in parts} if parts else {k: v for k, v in state.items() if k != 'config'})
+
+
+def differing(a, b):
+    """Names of tensors that are not equal bit for bit."""
+    assert a.keys() == b.keys() and len(a) > 10
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_close(a, b, **tolerance):
+    """Two lists of records have the same names and nearly the same numbers."""
+    assert len(a) == len(b) and a
+    for one, other in zip(a, b):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], **tolerance), f'{name} of step {one["step"]}'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Charts of four classes as a folder of pictures, 12 each to train on and 5 held out."""
+    folder = tmp_path_factory.mktemp('data')
+    for split, count in (('train', 120), ('val', 50)):
+        charts = Charts(split, 27, count)
+        for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
+            if label < 4:
+                path = folder / split / Charts.classes[label] / f'{i:03}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def stage1(tmp_path_factory, data):
+    """Folder with a trained tokenizer.pt and the token files it gives. Not to be written to."""
+    out = tmp_path_factory.mktemp('stage1')
+    run(train_tokenizer, **STAGE1, data=data, out_dir=str(out))
+    run(encode, data=data, out_dir=str(out), dtype='float32', device='cpu')
+    return out
+
+
+@pytest.fixture(scope='module')
+def stage2(tmp_path_factory, stage1):
+    """Folder of a finished run of train_fvar.py. Not to be written to."""
+    out = tmp_path_factory.mktemp('stage2')
+    run(train_fvar, **STAGE2, tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(out), save_every=6)
+    return out
+
+
+@pytest.fixture
+def train(stage1, tmp_path):
+    """Runs train_fvar.py into tmp_path, with settings that differ from stage2's."""
+    return lambda **settings: run(train_fvar, **STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path)) | settings)
+
+
+@pytest.fixture
+def train_stage1(data, tmp_path):
+    """Runs train_tokenizer.py into tmp_path, with settings that differ from stage1's."""
+    return lambda **settings: run(train_tokenizer, **STAGE1 | dict(data=data, out_dir=str(tmp_path)) | settings)
+
+
+# -----------------------------------------------------------------------------
+# ranks and passes
+
+def test_two_ranks_train_the_student_that_one_would(stage1, tmp_path):
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=20)
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'one'))
+    run_on_two_ranks(train_fvar, **settings, out_dir=str(tmp_path / 'two'))
+    for one, two in zip(log_of(tmp_path / 'one', 'fvar'), log_of(tmp_path / 'two', 'fvar')):
+        assert_close(one, two, rel=1e-3, abs=1e-6)
+    assert len(log_of(tmp_path / 'two', 'fvar')[0]) == 20
+
+
+def test_two_ranks_train_the_tokenizers_that_one_would(data, tmp_path):
+    """Past the warm start and four searches for dead codes, with a discriminator, and noise on the views."""
+    settings = STAGE1 | GAN | dict(data=data, steps=20, reseed_every=4)
+    run(train_tokenizer, **settings, out_dir=str(tmp_path / 'one'))
+    run_on_two_ranks(train_tokenizer, **settings, out_dir=str(tmp_path / 'two'))
+    for one, two in zip(log_of(tmp_path / 'one', 'tokenizer'), log_of(tmp_path / 'two', 'tokenizer')):
+        assert_close(one, two, rel=1e-3, abs=1e-6)
+    one, two = (state_of(tmp_path / out / 'tokenizer.pt', 'structure', 'alias') for out in ('one', 'two'))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3, msg=lambda text: f'{name}: {text}')
+
+
+def test_two_passes_a_step_are_one(train, stage2, tmp_path):
+    train(accumulate=2)
+    assert_close(log_of(tmp_path, 'fvar')[1], log_of(stage2, 'fvar')[1], rel=1e-5, abs=1e-7)
+
+
+# -----------------------------------------------------------------------------
+# resuming
+
+def test_a_resumed_student_is_the_uninterrupted_one_bit_for_bit(stage1, stage2, tmp_path):
+    run_with_an_interruption(train_fvar, at=8, **STAGE2, tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path), save_every=6)
+    assert not differing(state_of(tmp_path / 'fvar_state.pt'), state_of(stage2 / 'fvar_state.pt'))
+    assert not differing(state_of(tmp_path / 'student.pt'), state_of(stage2 / 'student.pt'))
+    assert (tmp_path / 'fvar.jsonl').read_text() == (stage2 / 'fvar.jsonl').read_text()
+    assert [record['step'] for record in log_of(tmp_path, 'fvar')[0]] == list(range(12))
+
+
+@pytest.mark.parametrize('extra', [{}, GAN], ids=['plain', 'gan'])
+def test_resumed_tokenizers_are_the_uninterrupted_ones_bit_for_bit(data, tmp_path, extra):
+    settings = STAGE1 | extra | dict(data=data, save_every=6)
+    run(train_tokenizer, **settings, out_dir=str(tmp_path / 'whole'))
+    run_with_an_interruption(train_tokenizer, at=9, **settings, out_dir=str(tmp_path / 'parts'))
+    states = [state_of(tmp_path / out / 'tokenizer_state.pt') for out in ('whole', 'parts')]
+    assert not differing(*states)
+    assert any(name.startswith('/gan_optimizer/state') for name in states[0]) == bool(extra)
+    logs = [(tmp_path / out / 'tokenizer.jsonl').read_text() for out in ('whole', 'parts')]
+    assert logs[0] == logs[1] and [r['step'] for r in log_of(tmp_path / 'parts', 'tokenizer')[0]] == list(range(12))
+
+
+@pytest.mark.parametrize('change', [{'lr': 1e-3}, {'batch_size': 4}, {'distill': False}, {'depth': 3}, {'seed': 1}], ids=str)
+def test_a_student_is_not_resumed_with_other_settings(train, stage2, tmp_path, change):
+    shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f'fvar_state.pt was made with {"".join(change)}=.*another --out_dir') as error:
+        train(init_from='resume', **change)
+    assert '\n' not in str(error.value) and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('change', [{'vocab_size': 64}, {'lambda_gan': 0.5}, {'patch_nums': (2, 6)}], ids=str)
+def test_tokenizers_are_not_resumed_with_other_settings(train_stage1, stage1, tmp_path, change):
+    shutil.copy(stage1 / 'tokenizer_state.pt', tmp_path)
+    with pytest.raises(UserError, match=f'tokenizer_state.pt was made with {"".join(change)}=') as error:
+        train_stage1(init_from='resume', **change)
+    assert '\n' not in str(error.value) and [file.name for file in tmp_path.iterdir()] == ['tokenizer_state.pt']
+
+
+def test_a_finished_run_can_be_made_longer(train, stage2, tmp_path):
+    shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
+    train(init_from='resume', steps=14)
+    assert [record['step'] for record in log_of(tmp_path, 'fvar')[0]] == list(range(14))
+    assert torch.load(tmp_path / 'student.pt', weights_only=True)['step'] == 14
+
+
+def test_a_student_can_start_from_anothers_weights(train, stage2, tmp_path):
+    """A rate of zero leaves it where it starts."""
+    train(init_from=str(stage2 / 'student.pt'), lr=0.0, steps=1)
+    assert not differing(state_of(tmp_path / 'student.pt', 'student'), state_of(stage2 / 'student.pt', 'student'))
+    train(lr=0.0, steps=1)
+    assert differing(state_of(tmp_path / 'student.pt', 'student'), state_of(stage2 / 'student.pt', 'student'))
+
+
+# -----------------------------------------------------------------------------
+# what is logged
+
+def test_every_term_of_the_students_loss_is_logged(stage2):
+    steps, validations = log_of(stage2, 'fvar')
+    terms = {'ce', 'total', 'teacher_ce', 'feature', 'kl', 'per_map'}
+    for record in steps:
+        assert record.keys() == terms | {'step', 'grad_norm', 'skipped'} and len(record['per_map']) == 3
+        assert record['total'] == pytest.approx(record['ce'] + record['teacher_ce'] + record['feature'] + 0.5 * record['kl'])
+        assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((1, 9, 36), record['per_map'])) / 46)
+    assert validations[-1].keys() == {'step', 'val_bits_an_image', 'val_ce_per_map'} | {f'val_{t}' for t in terms - {'per_map'}}
+    assert steps[-1]['ce'] < steps[0]['ce'] < 1.05 * math.log(32)
+
+
+def test_every_term_of_the_tokenizers_loss_is_logged(stage1):
+    steps, validations = log_of(stage1, 'tokenizer')
+    common = {'step', 'l1', 'l2', 'vq', 'alias_l2', 'alias_vq', 'grad_norm', 'skipped'}
+    assert [record.keys() == common for record in steps] == 3 * [True] + 9 * [False]        # no focus state in the warm start
+    assert all(record.keys() == common | {'focus'} for record in steps[3:])
+    assert all(len(validations[-1][f'val_{name}']) == 3 for name in ('psnr_states', 'perplexity', 'codes_used'))
+    assert all(len(validations[-1][f'val_{name}']) == 2 for name in ('alias_perplexity', 'alias_missed'))
+    assert steps[-1]['l1'] < steps[0]['l1']
+
+
+# -----------------------------------------------------------------------------
+# LPIPS and GAN
+
+def test_the_discriminator_counts_from_gan_start_with_a_finite_weight(train_stage1, tmp_path, monkeypatch):
+    weights, adaptive_weight = [], train_tokenizer.adaptive_weight
+    monkeypatch.setattr(train_tokenizer, 'adaptive_weight', lambda *losses: weights.append(adaptive_weight(*losses)) or weights[-1])
+    train_stage1(**GAN, steps=6)
+    assert len(weights) == 4 and all(torch.isfinite(w) and w > 0 and not w.requires_grad for w in weights)
+    assert ['discriminator' in record and 'gan' in record for record in log_of(tmp_path, 'tokenizer')[0]] == 2 * [False] + 4 * [True]
+
+
+def test_the_discriminator_learns_and_the_decoder_learns_from_it(train_stage1, tmp_path):
+    for name, extra in (('first', dict(steps=3)), ('later', dict(steps=6)), ('weaker', dict(steps=6, lambda_gan=0.1))):
+        train_stage1(**STAGE1 | GAN | extra | dict(out_dir=str(tmp_path / name)))
+    first, later = (state_of(tmp_path / name / 'tokenizer_state.pt', 'discriminator') for name in ('first', 'later'))
+    assert len(differing(first, later)) == len(first)
+    later, weaker = (state_of(tmp_path / name / 'tokenizer_state.pt', 'structure') for name in ('later', 'weaker'))
+    assert '/structure/decoder.conv_out.weight' in differing(later, weaker)
+
+
+def test_lpips_without_its_weights_is_one_line_naming_files_and_folder(train_stage1, tmp_path, monkeypatch):
+    pytest.importorskip('torch_fidelity')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: '/nowhere/hub')
+    with pytest.raises(UserError, match=r'vgg.*\.pt.* and .*vgg16-397923af\.pth in /nowhere/hub/checkpoints') as error:
+        train_stage1(lambda_lpips=1.0)
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_lpips_enters_the_loss_in_the_units_it_was_made_for(train_stage1, tmp_path, monkeypatch):
+    """A stand-in for the network: a random convolution of pictures in 0 … 255."""
+    convolution, seen = torch.nn.Conv2d(3, 4, 3).requires_grad_(False), []
+
+    def stand_in(a, b):
+        seen.extend((a.detach(), b))
+        return (convolution(a / 255) - convolution(b / 255)).square().mean((1, 2, 3))
+
+    monkeypatch.setattr(train_tokenizer, 'load_lpips', lambda dev: stand_in)
+    gradients = []
+    for weight in (1e4, 2e4):                               # so much that little else counts
+        train_stage1(lambda_lpips=weight, steps=4)
+        records = log_of(tmp_path, 'tokenizer')[0]
+        assert all(record['lpips'] > 0 for record in records)
+        gradients.append(records[0]['grad_norm'])
+    assert gradients[1] == pytest.approx(2 * gradients[0], rel=0.05)
+    assert all(0 <= x.min() and 100 < x.max() <= 255 for x in seen)
+
+
+# -----------------------------------------------------------------------------
+# precision, and what is not finite
+
+def test_bfloat16_trains_the_student_nearly_alike(train, stage2, tmp_path):
+    train(dtype='bfloat16', steps=3)
+    half, full = (log_of(out, 'fvar')[0][0] for out in (tmp_path, stage2))
+    assert half['total'] == pytest.approx(full['total'], rel=0.02) and half['total'] != full['total']
+    assert all(math.isfinite(record['total']) and record['skipped'] == 0 for record in log_of(tmp_path, 'fvar')[0])
+
+
+def test_bfloat16_trains_the_tokenizers_nearly_alike(train_stage1, stage1, tmp_path):
+    train_stage1(dtype='bfloat16', steps=6, **GAN)
+    half, full = (log_of(out, 'tokenizer')[0] for out in (tmp_path, stage1))
+    assert half[0]['l1'] == pytest.approx(full[0]['l1'], rel=0.02) and half[0]['l1'] != full[0]['l1']
+    assert all(math.isfinite(value) for record in half for value in record.values()) and half[-1]['skipped'] == 0
+
+
+def poisoned(function, at, spoil):
+    """The function, with what its call number `at` (from 0) returns spoilt."""
+    calls = itertools.count()
+
+    def call(*arguments, **named):
+        result = function(*arguments, **named)
+        return spoil(result) if next(calls) == at else result
+    return call
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.FVAR, 'forward', poisoned(model.FVAR.forward, 3, lambda terms: terms | {'total': terms['total'] * math.nan}))
+    train(steps=4, save_every=1, eval_every=100)
+    assert [record['skipped'] for record in log_of(tmp_path, 'fvar')[0]] == [0, 0, 0, 1]
+    parts = 'student', 'teacher', 'optimizer'
+    before, after = (state_of(tmp_path / f'fvar_state.pt{suffix}', *parts) for suffix in ('.previous', ''))
+    assert all(name.endswith('/lr') for name in differing(before, after))
+
+
+def spoil_picture(result):
+    picture, *others = result
+    return picture * math.nan, *others
+
+
+def spoil_residuals(result):
+    *others, residuals = spoil_picture(result)
+    return *others, [r * math.nan for r in residuals]
+
+
+@pytest.mark.parametrize('extra, spoil', [({}, spoil_picture), (GAN, spoil_picture), ({}, spoil_residuals)],
+                         ids=['picture', 'picture with gan', 'step that reseeds'])
+def test_a_picture_that_is_not_finite_leaves_all_weights_finite(train_stage1, tmp_path, monkeypatch, extra, spoil):
+    forward = train_tokenizer.build_tokenizers(settings_of(train_tokenizer, STAGE1))[0].__class__.forward
+    monkeypatch.setattr('tokenizer.StructureTokenizer.forward', poisoned(forward, 0, spoil))    # step 3, the first with codes
+    train_stage1(**extra, steps=6)
+    assert [record['skipped'] for record in log_of(tmp_path, 'tokenizer')[0]] == [0, 0, 0, 1, 1, 1]
+    weights = state_of(tmp_path / 'tokenizer_state.pt', 'structure', 'alias', 'discriminator')
+    assert not [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
