@@ -68,33 +68,33 @@ def stripes(t, period, inked=0.5):
 
 
 def siemens_star(rng, x, y):
-    u, v = place(rng, x, y, shift=0.12)
-    spokes = int(rng.integers(5, 11))
+    u, v = place(rng, x, y, shift=0.06)
+    spokes = int(rng.integers(6, 9))
     return cover(np.sin(spokes * np.arctan2(v, u)) * np.sqrt(u * u + v * v) / spokes)
 
 
 def zone_plate(rng, x, y):
-    u, v = place(rng, x, y, shift=0.12)
+    u, v = place(rng, x, y, shift=0.06)
     # cycles a side at half a side from the centre, √2 times that in the corners; 32 px carry 16
-    frequency, phase = rng.uniform(5, 8), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
+    frequency, phase = rng.uniform(6, 8), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
     return 0.5 + 0.5 * np.cos(2 * math.pi * frequency * (u * u + v * v) + phase)
 
 
 def line_grating(rng, x, y):
-    u, _ = place(rng, x, y, shift=0.5)
-    return cover(stripes(u, period=rng.uniform(0.12, 0.28), inked=rng.uniform(0.35, 0.65)))
+    u, _ = place(rng, x, y, shift=0.5, turn=0.4)
+    return cover(stripes(u, period=rng.uniform(0.16, 0.26), inked=rng.uniform(0.4, 0.6)))
 
 
 def checkerboard(rng, x, y):
-    u, v = place(rng, x, y, shift=0.5)
-    square = rng.uniform(0.11, 0.25)
+    u, v = place(rng, x, y, shift=0.5, turn=0.3)
+    square = rng.uniform(0.15, 0.25)
     columns, rows = stripes(u, 2 * square), stripes(v, 2 * square)
     return cover(np.maximum(np.minimum(columns, rows), -np.maximum(columns, rows)))
 
 
 def halftone_dots(rng, x, y):
-    u, v = place(rng, x, y, shift=0.5)
-    cell, towards = rng.uniform(0.13, 0.2), rng.uniform(-math.pi, math.pi)
+    u, v = place(rng, x, y, shift=0.5, turn=0.3)
+    cell, towards = rng.uniform(0.14, 0.2), rng.uniform(-math.pi, math.pi)
     centre_u, centre_v = (np.floor(u / cell) + 0.5) * cell, (np.floor(v / cell) + 0.5) * cell
     tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
     return cover(cell * (0.16 + 0.32 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
@@ -126,16 +126,16 @@ def font(size):
 
 
 def brick(rng, x, y):
-    u, v = place(rng, x, y, shift=0.5, turn=0.26)
-    height, length, mortar = rng.uniform(0.2, 0.3), rng.uniform(2, 2.6), rng.uniform(0.24, 0.34)
+    u, v = place(rng, x, y, shift=0.5, turn=0.12)
+    height, length, mortar = rng.uniform(0.22, 0.3), rng.uniform(2, 2.4), rng.uniform(0.24, 0.32)
     odd_row = np.floor(v / height) % 2
     return cover(np.minimum(stripes(v, height, 1 - mortar),
                             stripes(u + odd_row * (length * height / 2), length * height, 1 - mortar / length)))
 
 
 def concentric_rings(rng, x, y):
-    u, v = place(rng, x, y, shift=0.25)
-    period = rng.uniform(0.17, 0.28)
+    u, v = place(rng, x, y, shift=0.12)
+    period = rng.uniform(0.19, 0.27)
     return cover(stripes(np.sqrt(u * u + v * v) + period * rng.random(), period, inked=rng.uniform(0.4, 0.6)))
 
 

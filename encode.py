@@ -25,7 +25,7 @@ data = ''                       # images (default: what the tokenizer was traine
 crops = 1                       # random crops a training image; validation has one, the centre
 workers = 0                     # processes that decode images
 # system
-batch_size = 128                # images at a time
+batch_size = 32                 # images at a time, each encoded once for every radius
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # of the crops, and of the noise of Eq. 3

@@ -432,11 +432,12 @@ class FVAR(nn.Module):
         self.student, self.teacher = student, teacher
         self.lambda_feat, self.lambda_logit = lambda_feat, lambda_logit
 
-    def forward(self, labels, inputs, structure_tokens, alias_tokens, keep=None):
+    def forward(self, labels, inputs, structure_tokens, alias_tokens, keep=None, trust=1.0):
         """Terms of the loss by name, 'total' being their weighted sum, and 'per_map': student CE of every map (K,).
 
         labels (B,) with the dropped ones already num_classes; inputs from token_inputs; structure_tokens (B, L) and
-        alias_tokens (B, La) int64; keep from drop_path_factors. Cross-entropies in nats a token.
+        alias_tokens (B, La) int64; keep from drop_path_factors; trust in [0, 1] scales both weights of distillation.
+        Cross-entropies in nats a token.
         """
         student = self.student
         stream, (condition, shared) = student.hidden(labels, inputs, keep)
@@ -451,8 +452,8 @@ class FVAR(nn.Module):
             student_features = [x[:, first:] for x in stream[-len(teacher_features):]]
             terms['teacher_ce'] = F.cross_entropy(teacher_logits.flatten(0, 1), structure_tokens[:, first:].flatten())
             terms |= distillation_loss(logits[:, first:], teacher_logits, student_features, teacher_features)
-            terms['total'] = (terms['ce'] + terms['teacher_ce'] + self.lambda_feat * terms['feature']
-                              + self.lambda_logit * terms['kl'])
+            terms['total'] = (terms['ce'] + terms['teacher_ce']
+                              + trust * (self.lambda_feat * terms['feature'] + self.lambda_logit * terms['kl']))
         return terms
 
 

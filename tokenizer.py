@@ -524,4 +524,5 @@ def load_tokenizers(path, device='cpu'):
     structure, alias = build_tokenizers(checkpoint['config'])
     load_weights(structure, checkpoint['structure'], path)
     load_weights(alias, checkpoint['alias'], path)
-    return structure.to(device).eval(), alias.to(device).eval(), checkpoint
+    structure, alias = (network.to(device, memory_format=torch.channels_last).eval() for network in (structure, alias))
+    return structure, alias, checkpoint

@@ -44,6 +44,7 @@ teacher_blocks = 2              # blocks with Alias-Gate Cross-Attention
 shared_blocks = -1              # blocks of the student that the teacher reads; −1: all but teacher_blocks, 0: none
 lambda_feat = 1.0               # weight of the feature term (paper)
 lambda_logit = 0.5              # weight of the KL term (paper)
+distill_warmup = 0              # steps over which both weights rise from 0: at first the teacher has nothing to tell
 # optimisation
 steps = 400_000                 # optimizer steps (paper)
 batch_size = 256                # pictures a step, over all ranks (paper)
@@ -217,7 +218,7 @@ def main():
             last = i == accumulate - 1
             with nullcontext() if last or trained is network else trained.no_sync():
                 with autocast():
-                    terms = trained(*part)
+                    terms = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
                 scaler.scale(terms['total'] / accumulate).backward()
         norm = safe_step(network.parameters(), runtime.learning_rate(step, steps, lr, warmup))
         step += 1

@@ -429,7 +429,7 @@ def test_eq_12_the_teacher_has_a_cross_entropy_of_its_own_which_ends_at_the_stud
 
 
 def test_eq_12_each_term_is_what_it_says(network, batch):
-    """Cross-entropies and KL in nats a token, features squared and averaged over elements, positions and blocks."""
+    """Cross-entropies and KL in nats a token; features normalised, squared, averaged over elements, positions, blocks."""
     labels, inputs, tokens, _ = batch
     terms, first = network(*batch), sum(LENGTHS[:2])
     stream, _ = network.student.hidden(labels, inputs)
@@ -446,14 +446,20 @@ def test_eq_12_each_term_is_what_it_says(network, batch):
     assert terms['per_map'].tolist() == pytest.approx([of_tokens(*part) for part in per_map])
     kl = (log_teacher.exp() * (log_teacher - log_student[:, first:])).sum(-1).mean()        # KL(teacher ‖ student)
     assert terms['kl'].item() == pytest.approx(kl.item(), rel=1e-4)
-    feature = torch.stack([(s[:, first:] - t).square().mean() for s, t in zip(stream[-2:], features)]).mean()
+
+    def seen(x):
+        return (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+
+    feature = torch.stack([(seen(s[:, first:]) - seen(t)).square().mean() for s, t in zip(stream[-2:], features)]).mean()
     assert terms['feature'].item() == pytest.approx(feature.item(), rel=1e-4)
 
 
-def test_eq_12_the_total_is_the_weighted_sum(network, batch):
-    terms = {name: value.item() for name, value in network(*batch).items() if name != 'per_map'}
-    assert terms['total'] == pytest.approx(terms['ce'] + terms['teacher_ce'] + 0.7 * terms['feature'] + 0.3 * terms['kl'])
-    assert len({round(value, 6) for value in terms.values()}) == 5
+@pytest.mark.parametrize('trust', [1.0, 0.25, 0.0])
+def test_eq_12_the_total_is_the_weighted_sum(network, batch, trust):
+    terms = {name: value.item() for name, value in network(*batch, trust=trust).items() if name != 'per_map'}
+    distilled = trust * (0.7 * terms['feature'] + 0.3 * terms['kl'])
+    assert terms['total'] == pytest.approx(terms['ce'] + terms['teacher_ce'] + distilled)
+    assert len({round(value, 6) for value in terms.values()}) == 5      # no two of them are the same by accident
 
 
 def test_eq_12_without_a_teacher_the_cross_entropy_is_all(student, batch):

@@ -1,0 +1,398 @@
+"""The whole method as `make demo` runs it, in miniature; what its files hold, and what is said about bad input."""
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import runtime
+from configurator import HERE
+from data import Charts, ImageFolder, TokenDataset, normalize
+from model import build_student, load_student
+from tokenizer import AliasTokenizer, load_tokenizers
+
+# what `make demo` starts, in this order, and what makes a run of seconds of it
+DEMO = {
+    'train_tokenizer': '--steps=6 --warm_start=2 --batch_size=8 --channels=8 --vocab_size=64 --eval_images=20 --log_every=1',
+    'encode': '--batch_size=8',
+    'train_fvar': '--steps=6 --batch_size=8 --depth=2 --width=32 --log_every=1',
+    'sample': '--per_class=2',
+    'evaluate': '--per_class=5 --cnn_steps=5 --cnn_batch=16 --distance=cnn',
+}
+CLASSES = sorted(Charts.classes[:4])
+
+
+def command(script, data, out):
+    """Arguments of a stage of the miniature demo. float32, so that no two machines disagree about precision."""
+    own_data = [] if script == 'sample' else [f'--data={data}']
+    return [str(HERE / 'config' / 'charts.py'), f'--out_dir={out}', *own_data, '--dtype=float32', '--device=cpu', *DEMO[script].split()]
+
+
+def in_a_process(script, *arguments):
+    return subprocess.run([sys.executable, f'{script}.py', *arguments], cwd=HERE, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    """A finished demo on 48 pictures of four classes and 20 held out: folders data and out, and what was printed."""
+    folder = tmp_path_factory.mktemp('demo')
+    data, out, printed = folder / 'data', folder / 'out', {}
+    for split, count in (('train', 120), ('val', 50)):
+        charts = Charts(split, 36, count)
+        for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
+            if label < 4:
+                path = data / split / Charts.classes[label] / f'{i:03}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    for script in DEMO:
+        done = in_a_process(script, *command(script, data, out))
+        assert done.returncode == 0, done.stderr
+        printed[script] = done.stdout
+    return SimpleNamespace(data=data, out=out, printed=printed)
+
+
+@pytest.fixture
+def copy(demo, tmp_path):
+    """The demo's out folder, to be spoilt."""
+    return Path(shutil.copytree(demo.out, tmp_path / 'out'))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, demo):
+    """Runs a script in this process, but for that as a command line does: (exit status, stdout, stderr)."""
+    def run(script, out, *arguments, data=demo.data):
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *command(script, data, out), *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(HERE / f'{script}.py'), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return run
+
+
+def contents(folder):
+    """{path: bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+# -----------------------------------------------------------------------------
+# what the demo leaves
+
+def test_make_demo_starts_these_stages_in_this_order():
+    if not shutil.which('make'):
+        pytest.skip('no make here')
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('MAKE', 'MFLAGS'))}
+    shown = subprocess.run(['make', '--dry-run', 'demo', 'OUT=somewhere'], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert re.findall(r'(\w+)\.py config/charts.py --out_dir=somewhere$', shown.stdout, re.M) == list(DEMO)
+
+
+def test_every_promised_file_is_there_and_no_other(demo):
+    assert set(contents(demo.out)) == {
+        'tokenizer.pt', 'tokenizer_state.pt', 'tokenizer.jsonl', 'tokenizer.png', 'tokens/train.bin', 'tokens/train.json',
+        'tokens/val.bin', 'tokens/val.json', 'student.pt', 'fvar_state.pt', 'fvar.jsonl', 'samples.png', 'focus.gif', 'cnn.pt',
+        'results.json'}
+
+
+def test_every_script_says_what_it_wrote(demo):
+    for script, file in {'train_tokenizer': 'tokenizer.pt', 'encode': 'tokens/val.bin', 'train_fvar': 'student.pt',
+                         'sample': 'focus.gif', 'evaluate': 'results.json'}.items():
+        assert f'{demo.out}/{file}' in demo.printed[script] and f'{script}.py: done in' in demo.printed[script]
+
+
+def test_the_gif_shows_as_many_focus_states_as_there_are_token_maps(demo):
+    with Image.open(demo.out / 'focus.gif') as gif:
+        assert gif.n_frames == 6 and gif.info['loop'] == 0
+    with Image.open(demo.out / 'samples.png') as picture:
+        assert picture.height == 4 * 66 - 2                 # four rows, a class each
+
+
+def test_the_results_hold_every_figure(demo):
+    results = json.loads((demo.out / 'results.json').read_text())
+    assert results['tokenizer_step'] == results['student_step'] == 6
+    assert 5 < results['tokenizer']['psnr'] < 40 and len(results['tokenizer']['perplexity']) == 6
+    assert 0 < results['student']['ce'] < 1.1 * math.log(64) and len(results['student']['ce_per_map']) == 6
+    rows = {(row['set'], row['against']): row['fd_cnn'] for row in results['distances']}
+    assert len(rows) == 4 and rows['real', 'reference'] < rows['generated', 'reference']
+
+
+def test_the_deployed_file_holds_the_student_alone(demo):
+    """Names and sizes are those of the plain VAR; no tensor lies elsewhere in the file, and it is no larger than they are."""
+    structure, _, _ = load_tokenizers(demo.out / 'tokenizer.pt')
+    saved = torch.load(demo.out / 'student.pt', weights_only=True)
+    weights = saved.pop('student')
+    plain = build_student(saved['config'], structure, len(CLASSES)).state_dict()
+    assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in plain.items()}
+    assert not [name for name in weights if 'alias' in name or 'teacher' in name]
+    assert 'tensor' not in repr(saved) and saved['classes'] == CLASSES
+    assert (demo.out / 'student.pt').stat().st_size < sum(w.nbytes for w in weights.values()) + 50_000
+    assert torch.load(demo.out / 'fvar_state.pt', weights_only=True)['teacher']
+
+
+# -----------------------------------------------------------------------------
+# token files
+
+def test_a_row_of_tokens_is_what_the_tokenizers_make_of_that_crop(demo):
+    structure, alias, _ = load_tokenizers(demo.out / 'tokenizer.pt')
+    for split, first in (('train', 0), ('train', 40), ('val', 8)):
+        dataset = ImageFolder(demo.data, split, 32, augment=split == 'train')
+        crops, labels = zip(*(dataset[(i, i) if split == 'train' else i] for i in range(first, first + 8)))
+        images, noise = normalize(torch.stack(crops)), runtime.generator(0, split == 'train', first)
+        wanted = [torch.cat(tokenizer.encode(images, noise), 1) for tokenizer in (structure, alias)]
+        found = TokenDataset(demo.out / 'tokens', split).batch(list(range(first, first + 8)))
+        assert all(torch.equal(a, b) for a, b in zip(found, (*wanted, torch.tensor(labels))))
+
+
+def test_token_files_say_what_they_were_made_of(demo):
+    structure, alias, _ = load_tokenizers(demo.out / 'tokenizer.pt')
+    for split, rows in (('train', 48), ('val', 20)):
+        meta = json.loads((demo.out / 'tokens' / f'{split}.json').read_text())
+        assert (meta['rows'], meta['columns'], meta['classes']) == (rows, 130 + 66 + 1, CLASSES)
+        assert meta['tokenizer'] == runtime.digest(structure.state_dict()) and meta['alias_tokenizer'] == runtime.digest(alias.state_dict())
+
+
+@pytest.fixture
+def interrupted(demo, tmp_path, run, monkeypatch):
+    """A folder in which encode.py was stopped in its fourth batch of 8, while it wrote the third; how many it encodes."""
+    out, encode, counts = tmp_path / 'out', AliasTokenizer.encode, []
+
+    def counted(self, images, noise=None):
+        counts.append(len(images))
+        if len(counts) == 4:
+            raise KeyboardInterrupt
+        return encode(self, images, noise)
+
+    out.mkdir()
+    shutil.copy(demo.out / 'tokenizer.pt', out)
+    monkeypatch.setattr(AliasTokenizer, 'encode', counted)
+    status, _, err = run('encode', out)
+    assert status == 130 and 'error: interrupted' in err
+    assert set(contents(out)) == {'tokenizer.pt', 'tokens/train.partial', 'tokens/train.partial.json'}
+    table = np.memmap(out / 'tokens' / 'train.partial', np.uint16, 'r+', shape=(48, 197))
+    assert (table[:, -1] == 65535).tolist() == 24 * [False] + 24 * [True]
+    table[20:24] = 65535                                    # as a kill in the middle of a write leaves them
+    table[20, :100] = 7
+    table.flush()
+    return out, counts
+
+
+def test_an_interrupted_encode_goes_on_where_it_stopped_and_gives_the_same_files(demo, run, interrupted):
+    out, counts = interrupted
+    counts[:] = 10 * [None]                                 # stop no more
+    assert run('encode', out)[0] == 0
+    assert counts[10:] == 4 * [8] + [8, 8, 4]               # batches 3 to 6 of train, and val
+    assert contents(out / 'tokens') == contents(demo.out / 'tokens')
+
+
+def test_a_partial_file_of_other_settings_is_begun_again(demo, run, interrupted):
+    out, counts = interrupted
+    counts[:] = 10 * [None]
+    assert run('encode', out, '--seed=1')[0] == 0
+    assert counts[10:] == 6 * [8] + [8, 8, 4]
+    assert contents(out / 'tokens')['train.bin'] != contents(demo.out / 'tokens')['train.bin']
+    assert run('encode', out)[0] == 0                       # and a finished one is replaced
+    assert contents(out / 'tokens') == contents(demo.out / 'tokens')
+
+
+# -----------------------------------------------------------------------------
+# variants of training
+
+def test_without_distillation_there_is_no_teacher_anywhere(run, copy):
+    for file in copy.glob('*fvar*'):
+        file.unlink()
+    status, out, _ = run('train_fvar', copy, '--distill=False', '--steps=2')
+    assert status == 0 and 'teacher' not in out
+    assert torch.load(copy / 'fvar_state.pt', weights_only=True)['teacher'] == {}
+    assert all('kl' not in line and 'teacher' not in line for line in (copy / 'fvar.jsonl').read_text().splitlines())
+    assert run('sample', copy, '--per_class=1')[0] == 0
+
+
+def test_a_student_trains_on_images_where_there_are_no_token_files(run, demo, tmp_path):
+    shutil.copy(demo.out / 'tokenizer.pt', tmp_path)
+    status, out, _ = run('train_fvar', tmp_path, '--steps=2')
+    assert status == 0 and f'no token files in {tmp_path}/tokens' in out
+    structure, _, _ = load_tokenizers(tmp_path / 'tokenizer.pt')
+    assert load_student(tmp_path / 'student.pt', structure)[1]['classes'] == CLASSES
+    assert [record['step'] for record in runtime.read_log(tmp_path / 'fvar.jsonl')] == [0, 1, 1]
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+@pytest.fixture
+def sample(run, demo, tmp_path):
+    """Pixels of samples.png with some arguments, sampled from the demo's student."""
+    def sample(*arguments):
+        status, _, err = run('sample', tmp_path, f'--student={demo.out}/student.pt', *arguments)
+        assert status == 0, err
+        return np.asarray(Image.open(tmp_path / 'samples.png'))
+    return sample
+
+
+def test_the_same_seed_gives_the_same_pictures_and_another_one_others(sample, demo):
+    assert np.array_equal(sample(), np.asarray(Image.open(demo.out / 'samples.png')))
+    assert not np.array_equal(sample('--seed=1'), sample())
+
+
+def test_without_the_cache_the_pictures_are_the_same(sample):
+    assert np.array_equal(sample('--kv_cache=False'), sample())
+
+
+def test_classes_are_drawn_as_asked_for(sample):
+    one, two = sample('--classes=2', '--per_class=3'), sample('--classes=2,0', '--per_class=3')
+    assert one.shape[0] == 64 and two.shape[0] == 2 * 66 - 2
+    assert two.shape[1] == sample('--classes=2,0', '--per_class=2').shape[1] + 66
+
+
+def test_sampling_needs_nothing_but_tokenizer_and_student(run, demo, tmp_path):
+    for file in ('tokenizer.pt', 'student.pt'):
+        shutil.copy(demo.out / file, tmp_path)
+    away = demo.data.rename(demo.data.with_name('away'))
+    try:
+        assert run('sample', tmp_path)[0] == 0
+    finally:
+        away.rename(demo.data)
+    assert set(contents(tmp_path)) == {'tokenizer.pt', 'student.pt', 'samples.png', 'focus.gif'}
+    assert contents(tmp_path)['samples.png'] == contents(demo.out)['samples.png']
+
+
+# -----------------------------------------------------------------------------
+# bad input: one line on stderr which names the thing, the right status, and nothing written
+
+def truncated(name):
+    return lambda out: os.truncate(out / name, 1000)
+
+
+def missing(name):
+    return lambda out: (out / name).unlink()
+
+
+def swapped(name, other):
+    return lambda out: shutil.copy(out / other, out / name)
+
+
+def changed(file, **changes):
+    """Gives a checkpoint other contents: a dictionary is merged into what is there."""
+    def change(out):
+        saved = torch.load(out / file, weights_only=True)
+        torch.save(saved | {name: saved[name] | value if isinstance(value, dict) else value for name, value in changes.items()}, out / file)
+    return change
+
+
+def another_tokenizer(out):
+    structure, alias, saved = load_tokenizers(out / 'tokenizer.pt')
+    structure.decoder.conv_out.bias.data += 1
+    torch.save(saved | {'structure': structure.state_dict()}, out / 'tokenizer.pt')
+
+
+BAD = {
+    'mistyped option': ('train_fvar', '--stpes=3', None, "--stpes=3: unknown setting 'stpes'; did you mean 'steps'?"),
+    'wrong type': ('sample', '--per_class=many', None, "--per_class takes int (default 8); got str 'many'"),
+    'no such config': ('encode', 'config/chart.py', None, 'config/chart.py: no such config file'),
+    'dtype': ('train_tokenizer', '--dtype=float13', None, '--dtype=float13: choose auto, float32, bfloat16 or float16'),
+    'float16 without a GPU': ('train_fvar', '--dtype=float16', None, '--dtype=float16 needs a GPU'),
+    'device': ('sample', '--device=abacus', None, '--device=abacus: '),
+    'no tokenizer': ('encode', '', missing('tokenizer.pt'), 'tokenizer.pt: no such checkpoint; train_tokenizer.py writes it'),
+    'no student': ('sample', '', missing('student.pt'), 'student.pt: no such checkpoint; train_fvar.py writes it'),
+    'nothing to resume': ('train_fvar', '--init_from=resume', missing('fvar_state.pt'), 'fvar_state.pt: no such checkpoint; train_fvar.py'),
+    'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None, 'elsewhere.pt: no such checkpoint; train_fvar.py'),
+    'unknown start': ('train_tokenizer', '--init_from=student.pt', None, '--init_from=student.pt: choose scratch or resume'),
+    'truncated tokenizer': ('train_fvar', '', truncated('tokenizer.pt'), 'tokenizer.pt: can not be read (truncated or not a checkpoint)'),
+    'truncated student': ('sample', '', truncated('student.pt'), 'student.pt: can not be read (truncated or not a checkpoint)'),
+    'student for tokenizer': ('encode', '', swapped('tokenizer.pt', 'student.pt'), 'tokenizer.pt holds student, not tokenizer'),
+    'tokenizer for student': ('sample', '', swapped('student.pt', 'tokenizer.pt'), 'student.pt holds tokenizer, not student'),
+    'tokenizer of another config': ('encode', '', changed('tokenizer.pt', config={'channels': 16}), 'tokenizer.pt does not fit this model: '),
+    'tokenizer of another size': ('encode', '', changed('tokenizer.pt', config={'image_size': 64}), 'image_size=64 does not fit patch_nums'),
+    'student of another config': ('sample', '', changed('student.pt', config={'depth': 3}), 'student.pt does not fit this model: '),
+    'student of another tokenizer': ('sample', '', another_tokenizer, 'student.pt was trained on the tokens of another tokenizer'),
+    'tokens of another tokenizer': ('train_fvar', '', another_tokenizer, 'tokens: these tokens come from another tokenizer'),
+    'truncated tokens': ('train_fvar', '', truncated('tokens/train.bin'), "train.bin' has 1000 bytes instead of 18912"),
+    'no token file': ('train_fvar', '', missing('tokens/val.bin'), 'no token files val.bin and val.json'),
+    'resumed at another size': ('train_tokenizer', '--init_from=resume --image_size=16 --patch_nums=1,2,4', None,
+                                'tokenizer_state.pt was made with image_size=32, this run has 16'),
+    'image size that does not fit': ('train_tokenizer', '--image_size=48', None, 'image_size=48 does not fit patch_nums ending in 8'),
+    'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
+    'batch that does not divide': ('train_fvar', '--batch_size=7 --accumulate=2', None, 'batch_size=7 is not a multiple of'),
+    'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere': no such folder; data is 'charts' or a folder with train/<class>/"),
+    'no such class': ('sample', '--classes=4', None, '--classes: 4 is no class; this student knows 0 to 3'),
+    'no crops': ('encode', '--crops=0', None, '--crops=0'),
+    'teacher that does not fit': ('train_fvar', '--teacher_blocks=3', None, 'teacher_blocks=3'),
+    'file as folder': ('train_tokenizer', '--out_dir={out}/student.pt', None, 'student.pt: a file where a folder should be'),
+    'file as folder of samples': ('sample', '--student={out}/student.pt --out_dir={out}/results.json', None,
+                                  'results.json: a file where a folder should be'),
+    'read-only folder': ('train_tokenizer', '--out_dir=/sys/fvar', None, 'no permission for /sys/fvar'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_line_and_leaves_everything_as_it_was(run, copy, case):
+    script, arguments, spoil, message = BAD[case]
+    if '/sys' in arguments and not os.path.isdir('/sys/kernel'):
+        pytest.skip('no /sys, which is read-only even to root')
+    if spoil:
+        spoil(copy)
+    before = contents(copy)
+    status, _, err = run(script, copy, *arguments.format(out=copy).split())
+    assert status == 2 and err.startswith('error: ') and message in err and err.count('\n') == 1
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize('case', ['mistyped option', 'truncated tokenizer'])
+def test_bad_input_is_one_line_on_a_real_command_line_too(demo, copy, case):
+    script, argument, spoil, message = BAD[case]
+    if spoil:
+        spoil(copy)
+    done = in_a_process(script, *command(script, demo.data, copy), *argument.split())
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda data: shutil.rmtree(data / 'val'), "has no split 'val'"),
+    (lambda data: shutil.rmtree(data / 'train'), "has no split 'train'"),
+    (lambda data: [file.unlink() for file in (data / 'train' / 'zone_plate').iterdir()], 'zone_plate'),
+    (lambda data: [file.write_bytes(b'') for file in data.rglob('*.png')], 'none of the 20 pictures can be read'),
+], ids=['no val', 'no train', 'an empty class', 'nothing readable'])
+@pytest.mark.filterwarnings('ignore:skipped')
+def test_a_bad_folder_of_images_is_one_line(run, demo, tmp_path, spoil, message):
+    data = shutil.copytree(demo.data, tmp_path / 'data')
+    spoil(data)
+    status, _, err = run('train_tokenizer', tmp_path / 'out', data=data)
+    assert status == 2 and err.startswith('error: ') and message in err and err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_corrupt_image_is_skipped_with_a_warning_and_left_out_of_the_tokens(run, demo, tmp_path):
+    data = shutil.copytree(demo.data, tmp_path / 'data')
+    broken = sorted((data / 'train' / 'zone_plate').iterdir())[3]
+    os.truncate(broken, 200)
+    with pytest.warns(UserWarning, match=f'skipped .*{broken.name}'):
+        assert run('train_tokenizer', tmp_path / 'out', data=data)[0] == 0
+    with pytest.warns(UserWarning, match=f'skipped .*{broken.name}'):
+        status, out, _ = run('encode', tmp_path / 'out', data=data)
+    assert status == 0 and 'warning: 1 of 48 rows of train left out' in out
+    assert TokenDataset(tmp_path / 'out' / 'tokens', 'train').batch(list(range(47)))[2].bincount().tolist() == [12, 12, 12, 11]
+    assert run('train_fvar', tmp_path / 'out', '--steps=1', data=data)[0] == 0
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full, a file on a full disk')
+@pytest.mark.parametrize('script, file', [('train_tokenizer', 'tokenizer.pt'), ('train_fvar', 'student.pt'), ('sample', 'samples.png')])
+def test_a_full_disk_is_one_line_and_what_was_there_is_intact(run, copy, script, file):
+    """The file that becomes `file` when it is whole is made to lie on a full disk."""
+    before, temporary = contents(copy), copy / f'.{file}.{os.getpid()}.tmp'
+    temporary.symlink_to('/dev/full')
+    status, _, err = run(script, copy, *(['--steps=2'] if script != 'sample' else []))
+    assert status == 1 and 'error: disk full while writing a file' in err.splitlines()[-1]
+    after = contents(copy)
+    assert not temporary.is_symlink() and after.keys() == before.keys() and after[file] == before[file]
