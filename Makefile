@@ -29,7 +29,7 @@ test: $(VENV)/installed
 
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
-	$(python) sample.py --out_dir=$(OUT) --samples=figures/samples.png --gif=figures/focus.gif
+	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/focus.gif figures/
 
 clean:
 	rm -rf $(OUT)

@@ -69,32 +69,32 @@ def stripes(t, period, inked=0.5):
 
 def siemens_star(rng, x, y):
     u, v = place(rng, x, y, shift=0.06)
-    spokes = int(rng.integers(6, 9))
+    spokes = int(rng.integers(3, 6))
     return cover(np.sin(spokes * np.arctan2(v, u)) * np.sqrt(u * u + v * v) / spokes)
 
 
 def zone_plate(rng, x, y):
     u, v = place(rng, x, y, shift=0.06)
-    # cycles a side at half a side from the centre, √2 times that in the corners; 32 px carry 16
-    frequency, phase = rng.uniform(6, 8), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
+    # cycles a side at half a side from the centre, √2 times that in the corners
+    frequency, phase = rng.uniform(3.5, 5), rng.uniform(-0.6, 0.6) + math.pi * rng.integers(2)
     return 0.5 + 0.5 * np.cos(2 * math.pi * frequency * (u * u + v * v) + phase)
 
 
 def line_grating(rng, x, y):
     u, _ = place(rng, x, y, shift=0.5, turn=0.4)
-    return cover(stripes(u, period=rng.uniform(0.16, 0.26), inked=rng.uniform(0.4, 0.6)))
+    return cover(stripes(u, period=rng.uniform(0.24, 0.4), inked=rng.uniform(0.4, 0.6)))
 
 
 def checkerboard(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.3)
-    square = rng.uniform(0.15, 0.25)
+    square = rng.uniform(0.25, 0.36)
     columns, rows = stripes(u, 2 * square), stripes(v, 2 * square)
     return cover(np.maximum(np.minimum(columns, rows), -np.maximum(columns, rows)))
 
 
 def halftone_dots(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.3)
-    cell, towards = rng.uniform(0.14, 0.2), rng.uniform(-math.pi, math.pi)
+    cell, towards = rng.uniform(0.2, 0.26), rng.uniform(-math.pi, math.pi)
     centre_u, centre_v = (np.floor(u / cell) + 0.5) * cell, (np.floor(v / cell) + 0.5) * cell
     tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
     return cover(cell * (0.16 + 0.32 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
@@ -102,7 +102,7 @@ def halftone_dots(rng, x, y):
 
 def text(rng, x, y):
     side = len(y)
-    height = int(rng.integers(48, 69)) / 128                # whole fine samples from 32 px up
+    height = int(rng.integers(76, 97)) / 128                # whole fine samples from 32 px up
     sheet = Image.new('L', (side, side))
     draw = ImageDraw.Draw(sheet)
     top = -rng.uniform(0, 0.7) * height
@@ -127,7 +127,7 @@ def font(size):
 
 def brick(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.12)
-    height, length, mortar = rng.uniform(0.22, 0.3), rng.uniform(2, 2.4), rng.uniform(0.24, 0.32)
+    height, length, mortar = rng.uniform(0.3, 0.38), rng.uniform(1.8, 2.1), rng.uniform(0.22, 0.3)
     odd_row = np.floor(v / height) % 2
     return cover(np.minimum(stripes(v, height, 1 - mortar),
                             stripes(u + odd_row * (length * height / 2), length * height, 1 - mortar / length)))
@@ -135,7 +135,7 @@ def brick(rng, x, y):
 
 def concentric_rings(rng, x, y):
     u, v = place(rng, x, y, shift=0.12)
-    period = rng.uniform(0.19, 0.27)
+    period = rng.uniform(0.26, 0.34)
     return cover(stripes(np.sqrt(u * u + v * v) + period * rng.random(), period, inked=rng.uniform(0.4, 0.6)))
 
 

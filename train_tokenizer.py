@@ -176,7 +176,7 @@ def draw(structure, images, path):
 def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
-    share = runtime.share_of_batch(batch_size)
+    runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
     validation = normalize(next(in_order(held_out, eval_images))[0]).to(dev)
 

@@ -164,12 +164,12 @@ def test_token_files_say_what_they_were_made_of(demo):
 
 @pytest.fixture
 def interrupted(demo, tmp_path, run, monkeypatch):
-    """A folder in which encode.py was stopped in its fourth batch of 8, while it wrote the third; how many it encodes."""
+    """A folder in which encode.py was stopped in its fourth batch of 8, while it wrote the third; what it encodes from then on."""
     out, encode, counts = tmp_path / 'out', AliasTokenizer.encode, []
 
     def counted(self, images, noise=None):
         counts.append(len(images))
-        if len(counts) == 4:
+        if counts == 4 * [8]:
             raise KeyboardInterrupt
         return encode(self, images, noise)
 
@@ -178,28 +178,31 @@ def interrupted(demo, tmp_path, run, monkeypatch):
     monkeypatch.setattr(AliasTokenizer, 'encode', counted)
     status, _, err = run('encode', out)
     assert status == 130 and 'error: interrupted' in err
+    counts[:] = 4 * [0]                                     # stop no more
     assert set(contents(out)) == {'tokenizer.pt', 'tokens/train.partial', 'tokens/train.partial.json'}
     table = np.memmap(out / 'tokens' / 'train.partial', np.uint16, 'r+', shape=(48, 197))
     assert (table[:, -1] == 65535).tolist() == 24 * [False] + 24 * [True]
     table[20:24] = 65535                                    # as a kill in the middle of a write leaves them
     table[20, :100] = 7
     table.flush()
-    return out, counts
+    return out, counts, err
 
 
 def test_an_interrupted_encode_goes_on_where_it_stopped_and_gives_the_same_files(demo, run, interrupted):
-    out, counts = interrupted
-    counts[:] = 10 * [None]                                 # stop no more
+    out, counts, _ = interrupted
     assert run('encode', out)[0] == 0
-    assert counts[10:] == 4 * [8] + [8, 8, 4]               # batches 3 to 6 of train, and val
+    assert counts[4:] == 4 * [8] + [8, 8, 4]                # batches 3 to 6 of train, and val
     assert contents(out / 'tokens') == contents(demo.out / 'tokens')
 
 
+def test_what_stops_a_run_is_said_on_a_line_of_its_own_and_not_behind_the_progress_bar(interrupted):
+    assert 'error: interrupted' in interrupted[2].splitlines()
+
+
 def test_a_partial_file_of_other_settings_is_begun_again(demo, run, interrupted):
-    out, counts = interrupted
-    counts[:] = 10 * [None]
+    out, counts, _ = interrupted
     assert run('encode', out, '--seed=1')[0] == 0
-    assert counts[10:] == 6 * [8] + [8, 8, 4]
+    assert counts[4:] == 6 * [8] + [8, 8, 4]
     assert contents(out / 'tokens')['train.bin'] != contents(demo.out / 'tokens')['train.bin']
     assert run('encode', out)[0] == 0                       # and a finished one is replaced
     assert contents(out / 'tokens') == contents(demo.out / 'tokens')
@@ -326,6 +329,11 @@ BAD = {
     'batch that does not divide': ('train_fvar', '--batch_size=7 --accumulate=2', None, 'batch_size=7 is not a multiple of'),
     'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere': no such folder; data is 'charts' or a folder with train/<class>/"),
     'no such class': ('sample', '--classes=4', None, '--classes: 4 is no class; this student knows 0 to 3'),
+    'no such kernel': ('train_tokenizer', '--kernel=dsik', None, "kernel='dsik': choose disk, gaussian or none"),
+    'blur wider than the picture': ('train_tokenizer', '--max_radius=1000', None, 'max_radius'),
+    'noise without an end': ('train_tokenizer', '--noise=0.1', None, 'noise=(0.1,)'),
+    'no steps': ('train_fvar', '--steps=0', None, 'steps=0'),
+    'never to validate': ('train_fvar', '--eval_every=0', None, 'eval_every=0'),
     'no crops': ('encode', '--crops=0', None, '--crops=0'),
     'teacher that does not fit': ('train_fvar', '--teacher_blocks=3', None, 'teacher_blocks=3'),
     'file as folder': ('train_tokenizer', '--out_dir={out}/student.pt', None, 'student.pt: a file where a folder should be'),
@@ -393,6 +401,6 @@ def test_a_full_disk_is_one_line_and_what_was_there_is_intact(run, copy, script,
     before, temporary = contents(copy), copy / f'.{file}.{os.getpid()}.tmp'
     temporary.symlink_to('/dev/full')
     status, _, err = run(script, copy, *(['--steps=2'] if script != 'sample' else []))
-    assert status == 1 and 'error: disk full while writing a file' in err.splitlines()[-1]
+    assert status == 1 and err.splitlines()[-1].startswith('error: disk full while writing a file')
     after = contents(copy)
     assert not temporary.is_symlink() and after.keys() == before.keys() and after[file] == before[file]
