@@ -86,7 +86,7 @@ def line_grating(rng, x, y):
 
 
 def checkerboard(rng, x, y):
-    u, v = place(rng, x, y, shift=0.5, turn=0.3)
+    u, v = place(rng, x, y, shift=0.5, turn=0.15)
     square = rng.uniform(0.25, 0.36)
     columns, rows = stripes(u, 2 * square), stripes(v, 2 * square)
     return cover(np.maximum(np.minimum(columns, rows), -np.maximum(columns, rows)))
@@ -94,7 +94,7 @@ def checkerboard(rng, x, y):
 
 def halftone_dots(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.3)
-    cell, towards = rng.uniform(0.2, 0.26), rng.uniform(-math.pi, math.pi)
+    cell, towards = rng.uniform(0.26, 0.32), rng.uniform(-math.pi, math.pi)
     centre_u, centre_v = (np.floor(u / cell) + 0.5) * cell, (np.floor(v / cell) + 0.5) * cell
     tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
     return cover(cell * (0.16 + 0.32 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
@@ -102,7 +102,7 @@ def halftone_dots(rng, x, y):
 
 def text(rng, x, y):
     side = len(y)
-    height = int(rng.integers(76, 97)) / 128                # whole fine samples from 32 px up
+    height = int(rng.integers(92, 113)) / 128                # whole fine samples from 32 px up
     sheet = Image.new('L', (side, side))
     draw = ImageDraw.Draw(sheet)
     top = -rng.uniform(0, 0.7) * height
@@ -110,14 +110,14 @@ def text(rng, x, y):
         left = -rng.uniform(0, 1) * height
         while left < 1:
             letter = LETTERS[rng.integers(len(LETTERS))]
-            draw.text((left * side, top * side), letter, fill=255, font=font(round(height * side)))
+            draw.text((left * side, top * side), letter, fill=255, font=font(round(height * side)), stroke_width=side // 64)
             left += font(128).getlength(letter) / 128 * height      # at another size hinting would move it
         top += 1.05 * height
-    sheet = sheet.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    sheet = sheet.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC)
     return np.asarray(sheet, np.float32) / 255
 
 
-LETTERS = 'ABDEFGHKLMNPRSTXYZabdeghkmnrstxz23456789' + 8 * ' '
+LETTERS = 'ABDEFGHKLMNPRSTXYZ23456789' + 2 * ' '
 
 
 @lru_cache
