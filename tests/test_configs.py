@@ -151,14 +151,15 @@ def test_without_refocusing_there_is_no_blur_and_no_alias(row):
 
 def test_full_and_gaussian_blur_alike_far_but_not_the_same():
     (full, full_alias, pictures), (gaussian, gaussian_alias, _) = demo_tokenizers('full'), demo_tokenizers('gaussian')
-    assert full.radii == gaussian.radii and full.radii[0] == 6 and full.radii[-1] == 0
-    for a, b in zip(full_alias.views(pictures), gaussian_alias.views(pictures)):
-        assert a.abs().max() > 0.01 and not torch.equal(a, b)
+    assert full.radii == gaussian.radii and full.radii[0] == 3 and full.radii[-1] == 0
+    for radius, a, b in zip(full.radii, full_alias.views(pictures), gaussian_alias.views(pictures)):
+        if radius > 0.5:                                    # less is no blur at all
+            assert a.abs().max() > 0.01 and not torch.equal(a, b)
 
 
 def test_without_dual_tokenizers_one_codebook_serves_both():
     structure, alias, pictures = demo_tokenizers('no_dual')
-    assert alias.codebook is structure.quantizer.codebook and alias.vocab_size == 512
+    assert alias.codebook is structure.quantizer.codebook and alias.vocab_size == 256
     assert not list(alias.parameters())
     _, own, _ = demo_tokenizers('full')
-    assert own.vocab_size == 64 and list(own.parameters())
+    assert own.vocab_size == 512 and list(own.parameters())
