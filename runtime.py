@@ -68,6 +68,13 @@ def share_of_batch(batch_size, accumulate=1):
     return batch_size // (world_size() * accumulate)
 
 
+def require_positive(settings, *names):
+    """UserError for the first of these settings that is below 1."""
+    for name in names:
+        if settings[name] < 1:
+            raise UserError(f'{name}={settings[name]}: must be at least 1')
+
+
 def local_slice(tensor, dim=0):
     """This rank's contiguous part of something drawn for the global batch."""
     return tensor.chunk(world_size(), dim)[rank()]
@@ -311,7 +318,7 @@ def digest(state_dict):
     sha = hashlib.sha256()
     for name in sorted(state_dict):
         sha.update(name.encode())
-        sha.update(state_dict[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(state_dict[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -404,5 +411,7 @@ def run(main):
 
 
 def fail(message, status):
+    for bar in list(getattr(tqdm, '_instances', ())):       # or the message would stand behind a progress bar
+        bar.close()
     print(f'error: {message}', file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like
+from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like, psf, reflect_pad
 from runtime import load_checkpoint, load_weights
 
 
@@ -319,11 +319,15 @@ class StructureTokenizer(nn.Module):
         check_sizes(image_size, patch_nums, channel_mult)
         if pyramid not in ('focus', 'scale') or focus_input not in ('image', 'view'):
             raise UserError(f'pyramid={pyramid!r}, focus_input={focus_input!r}: choose focus or scale, image or view')
+        if len(noise) != 2 or min(noise) < 0:
+            raise UserError(f'noise={tuple(noise)}: give two numbers, β_1 and β_K, both 0 or more')
         self.image_size, self.patch_nums, self.noise, self.beta = image_size, tuple(patch_nums), noise, beta
         self.pyramid, self.focus_input, self.kernel = pyramid, focus_input, kernel
         self.radii = [0.0] * len(patch_nums)
         if pyramid == 'focus' and kernel != 'none':
             self.radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
+        # an unknown kernel, or one that does not fit the picture, is refused now and not in the first step
+        reflect_pad(torch.empty(1, 1, image_size, image_size, device='meta'), psf(max(self.radii), kernel).shape[-1] // 2)
         self.encoder = Encoder(channels, channel_mult, res_blocks, code_width)
         self.decoder = Decoder(channels, channel_mult, res_blocks, code_width)
         self.pre_quant = nn.Conv2d(code_width, code_width, 3, padding=1)

@@ -161,6 +161,7 @@ def validate(network, source, structure, dev, autocast):
 def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
+    runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
     runtime.share_of_batch(batch_size, accumulate)          # says so at once if it does not divide
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, stage1 = load_tokenizers(tokenizer_file, dev)
@@ -214,12 +215,14 @@ def main():
         inputs = token_inputs(structure, structure_tokens)
 
         parts = zip(*(t.chunk(accumulate) for t in (labels, inputs, structure_tokens, alias_tokens, keep)))
+        terms = {}                                          # averaged over the parts
         for i, part in enumerate(parts):
             last = i == accumulate - 1
             with nullcontext() if last or trained is network else trained.no_sync():
                 with autocast():
-                    terms = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
-                scaler.scale(terms['total'] / accumulate).backward()
+                    found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
+                scaler.scale(found['total'] / accumulate).backward()
+            terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
         norm = safe_step(network.parameters(), runtime.learning_rate(step, steps, lr, warmup))
         step += 1
         bar.update()

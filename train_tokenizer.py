@@ -7,6 +7,7 @@
 Writes to out_dir: tokenizer.pt (what the later stages read), tokenizer_state.pt (for resuming),
 tokenizer.jsonl (the log) and tokenizer.png (held-out pictures: what a focus state should be, what it decodes to).
 """
+import math
 import os
 
 import torch
@@ -176,6 +177,7 @@ def draw(structure, images, path):
 def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
+    runtime.require_positive(config, 'steps', 'eval_every', 'eval_images', 'save_every', 'log_every')
     runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
     validation = normalize(next(in_order(held_out, eval_images))[0]).to(dev)
@@ -249,7 +251,8 @@ def main():
         scaler.scale(loss).backward()
         runtime.average_gradients(tokenizers)
         norm = safe_step(list(tokenizers.parameters()), runtime.learning_rate(step, steps, lr, warmup))
-        if lambda_gan and step >= gan_start:
+        finite = math.isfinite(norm)                        # else the step was skipped, and nothing else may learn from it
+        if finite and lambda_gan and step >= gan_start:
             gan_optimizer.zero_grad(set_to_none=True)       # drops what the generator's loss left there
             with autocast():
                 terms['discriminator'] = discriminator_loss(discriminator, images, picture)
@@ -258,11 +261,11 @@ def main():
             gan_optimizer.step()
 
         # codebook health
-        if tokens:
+        if finite and tokens:
             structure.quantizer.codebook.count(tokens, runtime.all_reduce)
-        if alias.dual:
+        if finite and alias.dual:
             alias.codebook.count(alias_tokens, runtime.all_reduce)
-        if tokens and reseed_every and (step - warm_start) % reseed_every == 0 and step < reseed_until * steps:
+        if finite and tokens and reseed_every and (step - warm_start) % reseed_every == 0 and step < reseed_until * steps:
             reseed_dead_codes(structure, alias, residuals, alias_vectors, step)
         step += 1
         bar.update()

@@ -20,7 +20,7 @@ from tokenizer import StructureTokenizer
 
 CHARTS_CONFIG = HERE / 'config' / 'charts.py'
 # the demo with smaller pictures, three token maps and networks of a few thousand weights
-STAGE1 = dict(image_size=24, patch_nums=(1, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, code_width=8,
+STAGE1 = dict(image_size=24, patch_nums=(2, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, code_width=8,
               alias_vocab_size=16, alias_code_width=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
               eval_images=8, log_every=1, dtype='float32', device='cpu')
 STAGE2 = dict(depth=2, width=32, num_heads=2, drop_path=0.2, distill_warmup=4, steps=12, batch_size=8, warmup=2, eval_pictures=20,
@@ -152,18 +152,14 @@ def test_two_ranks_train_the_student_that_one_would(stage1, tmp_path):
 
 
 def test_two_ranks_train_the_tokenizers_that_one_would(data, tmp_path):
-    """Past the warm start and four searches for dead codes, with a discriminator, and noise on the views.
-
-    The rate is low: at a high one small networks turn the last bit of a sum into another picture within ten steps.
-    """
-    settings = STAGE1 | GAN | dict(data=data, steps=20, batch_size=8, lr=1e-4)
+    """Past the warm start and three searches for dead codes, with a discriminator, and noise on the views."""
+    settings = STAGE1 | GAN | dict(data=data, steps=20, batch_size=8, lr=1e-4)      # slowly: rounding grows with the rate
     run(train_tokenizer, **settings, out_dir=str(tmp_path / 'one'))
     run_on_two_ranks(train_tokenizer, **settings, out_dir=str(tmp_path / 'two'))
     one, two = (log_of(tmp_path / out, 'tokenizer') for out in ('one', 'two'))
-    norms = [[record.pop('grad_norm') for record in steps] for steps, _ in (one, two)]
-    assert len(norms[0]) == 20 and norms[0] == pytest.approx(norms[1], rel=0.05)
+    assert len(one[0]) == 20
     assert_close(one[0], two[0], rel=1e-3, abs=1e-5)
-    assert_close(one[1], two[1], rel=0.05)                  # of eight pictures; a code may have a twin that is as near
+    assert_close(one[1], two[1], rel=0.02)                  # of eight pictures; a code may have a twin that is as near
     one, two = (state_of(tmp_path / out / 'tokenizer.pt', 'structure', 'alias') for out in ('one', 'two'))
     for name in ('/structure/quantizer.codebook', '/alias/own_codebook'):
         assert (one[f'{name}.weight'] - two[f'{name}.weight']).abs().max() < 0.01 < one[f'{name}.weight'].std()
@@ -241,7 +237,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
         assert record.keys() == terms | {'step', 'grad_norm', 'skipped'} and len(record['per_map']) == 3
         passed_on = record['feature'] + 0.5 * record['kl']
         assert record['total'] == pytest.approx(record['ce'] + record['teacher_ce'] + trust * passed_on)
-        assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((1, 9, 36), record['per_map'])) / 46)
+        assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((4, 9, 36), record['per_map'])) / 49)
     assert steps[-1]['feature'] > 1e-5 and steps[-1]['kl'] > 1e-5
     assert validations[-1].keys() == {'step', 'val_bits_an_image', 'val_ce_per_map'} | {f'val_{t}' for t in terms - {'per_map'}}
     assert steps[-1]['ce'] < steps[0]['ce'] < 1.05 * math.log(32)
@@ -272,7 +268,8 @@ def test_the_discriminator_learns_and_the_decoder_learns_from_it(train_stage1, t
     for name, extra in (('first', dict(steps=3)), ('later', dict(steps=6)), ('weaker', dict(steps=6, lambda_gan=0.1))):
         train_stage1(**GAN | extra | dict(out_dir=str(tmp_path / name)))
     first, later = (state_of(tmp_path / name / 'tokenizer_state.pt', 'discriminator') for name in ('first', 'later'))
-    assert len(differing(first, later)) == len(first)
+    # all but the last bias, to which the hinge loss gives nothing while real and fake logits lie within the margin
+    assert len(differing(first, later)) >= len(first) - 1
     later, weaker = (state_of(tmp_path / name / 'tokenizer_state.pt', 'structure') for name in ('later', 'weaker'))
     assert '/structure/decoder.conv_out.weight' in differing(later, weaker)
 
