@@ -15,6 +15,7 @@ this folder are left alone. `--help` prints the docstring and the settings with 
 """
 import ast
 import difflib
+import keyword
 import sys
 import traceback
 from pathlib import Path
@@ -123,9 +124,10 @@ def read_config_file(path, script, settings):
 def print_help(source_file, doc, settings):
     print(doc.strip(), '\n\nSettings, each overridden by a config file or --name=value:\n')
     comments = read_settings(source_file)
-    width = max(len(f'--{name}={value!r}') for name, value in settings.items())
-    for name, value in settings.items():
-        print(f'  {f"--{name}={value!r}":{min(width, 44)}}  {comments[name]}'.rstrip())
+    shown = {name: f'--{name.rstrip("_")}={value!r}' for name, value in settings.items()}
+    width = min(44, max(map(len, shown.values())))
+    for name, text in shown.items():
+        print(f'  {text:{width}}  {comments[name]}'.rstrip())
 
 
 def parse(namespace, arguments, positional=None):
@@ -141,11 +143,12 @@ def parse(namespace, arguments, positional=None):
     for argument in arguments:
         if argument.startswith('--'):
             name, equals, text = argument[2:].partition('=')
+            name += '_' * keyword.iskeyword(name)           # --class sets class_
             if name not in settings:
                 raise unknown(name, settings, argument)
             if not equals and settings[name] is not False:
                 raise UserError(f'{argument}: write --{name}=VALUE (now {settings[name]!r})')
-            values[name] = parse_value(name, text if equals else 'True', settings[name])
+            values[name] = parse_value(name.rstrip('_'), text if equals else 'True', settings[name])
         elif argument.endswith('.py'):
             values.update(read_config_file(argument, script, settings))
         elif positional:

@@ -161,16 +161,9 @@ CHARTS = (siemens_star, zone_plate, line_grating, checkerboard, halftone_dots,
 # -----------------------------------------------------------------------------
 # charts: the data set
 
-def luminance(colour):
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-
-
-def random_colour(rng, wanted):
-    """A uniformly drawn RGB colour (3,) in [0, 1] whose luminance is wanted(luminance)."""
-    while True:
-        colour = rng.random(3, dtype=np.float32)
-        if wanted(luminance(colour)):
-            return colour
+# Few colours, each dark one far from each light one: what a small model should spend itself on is the drawing.
+DARK = ((20, 20, 28), (24, 48, 120), (16, 80, 56), (120, 24, 40), (84, 36, 104))
+LIGHT = ((248, 248, 244), (248, 212, 88), (140, 208, 240), (248, 172, 184), (164, 228, 172))
 
 
 @lru_cache(maxsize=4)
@@ -182,14 +175,15 @@ def fine_grid(image_size):
 
 def draw_chart(rng, label, image_size):
     """One chart (3, S, S), uint8: ink averaged over 4 × 4 fine samples, then painted on the paper."""
-    paper = random_colour(rng, lambda light: abs(light - 0.5) > 0.15)        # mid-grey leaves no room for contrast
+    papers, inks = (LIGHT, DARK) if rng.random() < 0.5 else (DARK, LIGHT)
+    paper = np.array(papers[rng.integers(len(papers))], np.float32)
     layers = CHARTS[label](rng, *fine_grid(image_size))
     layers = layers.reshape(-1, image_size, SUPERSAMPLING, image_size, SUPERSAMPLING).mean((2, 4))
     picture = np.broadcast_to(paper[:, None, None], (3, image_size, image_size))
-    for ink in layers:
-        colour = random_colour(rng, lambda light: abs(light - luminance(paper)) > 0.4)
-        picture = picture + ink * (colour[:, None, None] - picture)
-    return np.rint(255 * picture).astype(np.uint8)
+    for layer in layers:
+        ink = np.array(inks[rng.integers(len(inks))], np.float32)
+        picture = picture + layer * (ink[:, None, None] - picture)
+    return np.rint(picture).astype(np.uint8)
 
 
 class Charts(Dataset):

@@ -4,12 +4,16 @@
     python evaluate.py --out_dir=out-d16 --per_class=50 --dtype=auto
     python evaluate.py --parts=tokenizer                        # before there is a student
     python evaluate.py --samples=samples.npz                    # pictures made elsewhere: .npz (arr_0), or a folder of PNGs
+    python evaluate.py --parts=tokenizer,samples --data=data/imagenet --vae=vae_ch160v4096z32.pth --init_from=var_d16.pth
+    python evaluate.py --parts=refocus
 
 tokenizer  PSNR and SSIM of held-out images, perplexity of every token map, distance of reconstructions
 student    held-out cross-entropy in nats a token for every token map, bits an image
 samples    FID, IS, precision and recall by torch-fidelity, when the Inception weights are on disk. Without them
            FD-cnn, the Fréchet distance between features of a small CNN trained here on the data: it compares runs on
            the same data, and must never be called FID. `recognised` is the share the CNN assigns to their class.
+refocus    (only when asked for) held-out images under a disk of known radius: what the student makes of them against
+           unsharp masking and Wiener deconvolution; PSNR, SSIM and edge sharpness. Goes to out_dir/refocus.json.
 
 Every distance stands beside that of reconstructions (what the tokenizer alone costs) and of real images that are not
 in the reference (the floor: what as many perfect samples would get). Prints tables; writes out_dir/results.json.
@@ -29,14 +33,19 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import TokenDataset, fetch, normalize, open_dataset, pictures_below, read_picture, to_uint8
-from model import load_student
+from editing import consistent, refocus, unsharp, wiener
+from model import load_deployed
 from pictures import psnr
+from pyramid import defocus
 from tokenizer import load_tokenizers
 
 # input and output
 out_dir = 'out'                 # where student.pt lies and results.json goes
 parts = 'tokenizer,student,samples'  # what to evaluate
-tokenizer = ''                  # tokenizer.pt (default: the one in out_dir)
+init_from = ''                  # student.pt (default: the one in out_dir), or with --vae a published transformer
+tokenizer = ''                  # tokenizer.pt (default: the one beside student.pt)
+vae = ''                        # a published VAR tokenizer instead
+patch_nums = ()                 # token maps of published files (default: VAR's at 256 or 512 px)
 tokens = ''                     # folder of encode.py's token files (default: tokens beside tokenizer.pt)
 # real images
 data = ''                       # images (default: what the tokenizer was trained on)
@@ -49,6 +58,8 @@ per_class = 100                 # how many of each class to sample; published FI
 cfg = 1.5                       # guidance strength, ramped up over the token maps; 0 is none
 top_k = 900                     # most likely codes kept; 0 is all
 top_p = 0.96                    # probability kept; 0 is all
+# refocusing
+refocus_images = 200            # held-out images that are put out of focus
 # distances
 distance = 'auto'               # fid | cnn | auto: fid if the Inception weights are on disk, else cnn
 inception_weights = 'weights/weights-inception-2015-12-05-6726825d.pth'  # torch hub's folder is looked in as well
@@ -93,6 +104,18 @@ def ssim(a, b):
     similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
                   / ((mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2)))
     return similarity.mean().item()
+
+
+def sharpness(images, truth):
+    """Mean gradient of images relative to the truth's, at the tenth of the pixels where the truth's is steepest: 1 is as
+    sharp as the truth, less is softer. (B, C, H, W) each."""
+    def steepness(x):
+        right, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
+        return (right ** 2 + down ** 2).sum(1).sqrt().flatten(1)
+
+    of_truth = steepness(truth)
+    edges = of_truth >= of_truth.quantile(0.9, dim=1, keepdim=True)
+    return (steepness(images)[edges].mean() / of_truth[edges].mean()).item()
 
 
 # -----------------------------------------------------------------------------
@@ -372,7 +395,7 @@ def check_samples(images, labels, num_features, num_classes):
 
 
 # -----------------------------------------------------------------------------
-# the three parts
+# the parts
 
 @torch.no_grad()
 def tokenizer_figures(structure, images, autocast):
@@ -403,6 +426,49 @@ def student_figures(student, structure, token_dataset, autocast):
     return {'ce': (nats_of_map.sum() / sum(student.lengths)).item(), 'images': len(token_dataset),
             'ce_per_map': (nats_of_map / torch.tensor(student.lengths)).tolist(),
             'bits_an_image': nats_of_map.sum().item() / math.log(2)}
+
+
+@torch.no_grad()
+def refocus_figures(student, structure, images, autocast):
+    """Rows of figures, one for each blur (a focus state's radius, px; noise σ for images in [−1, 1]) and method.
+
+    images uint8 (N, 3, S, S) are blurred, made noisy and rounded to 8 bits, as a file would hold them. Wiener's filter is told
+    the PSF and the true share of noise; the student is told the radius, no class.
+    """
+    dev, rows = student.head.weight.device, []
+    for radius in sorted({r for r in structure.radii if r > 0.5}, reverse=True):
+        for noise in (0.0, 0.05):
+            drawn, methods, truth = runtime.generator(seed, 8), {}, []
+            for part in images.split(batch_size):
+                x = normalize(part.to(dev))
+                blurred = defocus(x, radius, structure.kernel)
+                blurred = normalize(to_uint8(blurred + noise * torch.randn(x.shape, generator=drawn).to(dev)))
+                power = 3e-4 + 6 * noise ** 2 / x.var().item()     # best of a sweep, for charts and for photographs
+                labels = torch.full((len(x),), student.num_classes, device=dev)
+                sampling = {'cfg': 0, 'top_k': top_k, 'top_p': top_p, 'generator': torch.Generator(dev).manual_seed(seed)}
+                with autocast():
+                    drawn_anew = refocus(student, structure, blurred, radius, labels, noise=0, **sampling)
+                found = {'blurred': blurred, 'unsharp': unsharp(blurred, radius),
+                         'Wiener': wiener(blurred, radius, structure.kernel, power), 'student': drawn_anew,
+                         'student + Wiener': consistent(drawn_anew, blurred, radius, structure.kernel, power)}
+                for name, y in found.items():
+                    methods.setdefault(name, []).append(y.clamp(-1, 1).float().cpu())
+                truth.append(x.cpu())
+            truth = torch.cat(truth)
+            for name, y in methods.items():
+                y = torch.cat(y)
+                rows.append({'radius': radius, 'noise': noise, 'method': name, 'psnr': psnr(y, truth), 'ssim': ssim(y, truth),
+                             'sharpness': sharpness(y, truth), 'images': len(y)})
+    return rows
+
+
+def print_refocus(rows):
+    methods = list(dict.fromkeys(row['method'] for row in rows))
+    runtime.say(f'{rows[0]["images"]} held-out images out of focus: PSNR (dB) / SSIM / edge sharpness\n{"radius":>6} {"noise":>6}'
+                + ''.join(f'{name:>21}' for name in methods))
+    for i in range(0, len(rows), len(methods)):
+        cells = (f'{row["psnr"]:.2f} / {row["ssim"]:.2f} / {row["sharpness"]:.2f}' for row in rows[i:i + len(methods)])
+        runtime.say(f'{rows[i]["radius"]:6.3g} {rows[i]["noise"]:6.3g}' + ''.join(f'{cell:>21}' for cell in cells))
 
 
 # set, and what it is measured against
@@ -447,14 +513,16 @@ def choose_parts():
     """The parts as a list, after a look at all settings; UserError for one that makes no sense."""
     chosen = [part.strip() for part in parts.split(',')]
     for part in chosen:
-        if part not in ('tokenizer', 'student', 'samples'):
-            raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples')
-    if min(per_class, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
-        raise UserError('--per_class, --batch_size, --cnn_steps and --cnn_batch must be at least 1, --real_images at least 0')
+        if part not in ('tokenizer', 'student', 'samples', 'refocus'):
+            raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples, or refocus')
+    if min(per_class, refocus_images, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
+        raise UserError('--per_class, --refocus_images, --batch_size, --cnn_steps and --cnn_batch must be at least 1, --real_images at least 0')
     if reference not in ('train', 'val') or distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--reference={reference} --distance={distance}: choose train or val; auto, fid or cnn')
     if runtime.world_size() > 1:
         raise UserError('evaluate.py is one process: start it with python, not with torchrun')
+    if 'refocus' in chosen and len(chosen) > 1:
+        raise UserError(f'--parts={parts}: refocus is measured by itself')
     return chosen
 
 
@@ -487,13 +555,18 @@ def main():
     dev = runtime.start(device)
     autocast, _ = runtime.precision(dtype, dev)
     chosen = choose_parts()
-    tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
-    structure, _, stage1 = load_tokenizers(tokenizer_file, dev)
-    data_name, student = data or stage1['config']['data'], None
+    tokenizer_file = tokenizer or os.path.join(os.path.dirname(init_from) if init_from else out_dir, 'tokenizer.pt')
+    if vae and not data:
+        raise UserError(f'--vae={vae}: published files do not say what they were trained on; give it as --data=DIR')
+    student, stage1 = None, {'config': {'data': data}, 'step': 0} if vae else load_tokenizers(tokenizer_file, dev)[2]
+    if vae or chosen == ['refocus'] or 'student' in chosen or ('samples' in chosen and not samples):
+        structure, student, stage2 = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
+    else:
+        structure = load_tokenizers(tokenizer_file, dev)[0]
+    data_name = data or stage1['config']['data']
     results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'torch': torch.__version__,
                'tokenizer_step': stage1['step'], 'tokenizer_digest': runtime.digest(structure.state_dict()), 'warnings': []}
-    if 'student' in chosen or ('samples' in chosen and not samples):
-        student, stage2 = load_student(os.path.join(out_dir, 'student.pt'), structure, dev)
+    if student:
         results['student_step'] = stage2['step']
 
     if 'student' in chosen:
@@ -502,15 +575,20 @@ def main():
         runtime.say(f'student: {figures["ce"]:.3f} nats a token, {figures["bits_an_image"]:.0f} bits an image '
                     f'({figures["images"]} held-out images)\n  nats a token, for each token map: '
                     + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map']))
+    if chosen == ['refocus']:
+        images, _ = load_images(open_dataset(data_name, 'val', structure.image_size, augment=False), refocus_images)
+        results['refocus'] = refocus_figures(student, structure, images, autocast)
+        print_refocus(results['refocus'])
     if 'tokenizer' in chosen or 'samples' in chosen:
         datasets = {split: open_dataset(data_name, split, structure.image_size, augment=False) for split in ('train', 'val')}
         classes = datasets['train'].classes
-        if student:
+        if student and not (vae and student.num_classes == len(classes)):       # published weights only number theirs
             check_classes(stage2['classes'], classes, data_name)
         real = {split: load_images(dataset, real_images) for split, dataset in datasets.items()}
         evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results)
-    runtime.write_json(os.path.join(out_dir, 'results.json'), results)
-    runtime.say(f'wrote {out_dir}/results.json')
+    name = 'refocus.json' if chosen == ['refocus'] else 'results.json'
+    runtime.write_json(os.path.join(out_dir, name), results)
+    runtime.say(f'wrote {out_dir}/{name}')
 
 
 def evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results):

@@ -9,6 +9,7 @@ Shapes: B batch, L positions, D width, V codes, C code width, H heads.
 """
 import copy
 import math
+import os
 import re
 
 import torch
@@ -16,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from runtime import digest, load_checkpoint, load_weights
-from tokenizer import StructureTokenizer, area
+from runtime import digest, load_checkpoint, load_weights, read_weights
+from tokenizer import StructureTokenizer, area, load_tokenizers
 
 
 # -----------------------------------------------------------------------------
@@ -219,19 +220,21 @@ class VAR(nn.Module):
     # -- sampling
 
     @torch.no_grad()
-    def generate(self, tokenizer, labels, cfg=1.5, top_k=900, top_p=0.96, generator=None, smooth=False, kv_cache=True):
+    def generate(self, tokenizer, labels, cfg=1.5, top_k=900, top_p=0.96, generator=None, smooth=False, kv_cache=True, given=()):
         """Samples token maps r_1 … r_K for labels (B,); returns (tokens: list of (B, p_k²), images in [−1, 1]).
 
         cfg: guidance strength at the last map, ramped from 0 (VAR): (1 + t)·with class − t·without, t = cfg·(k−1)/(K−1).
         top_k, top_p: filter in that order; top_k=0 and top_p=0 keep everything, top_k=1 is greedy.
         smooth: feed back Gumbel-softmax mixtures of codes instead of codes (VAR's "more smooth", prettier, not for FID).
         kv_cache=False recomputes all earlier maps at every step: the reference the cache is tested against.
+        given: the first few token maps, (B, p_k²) or (1, p_k²) each, with −1 for the tokens to be drawn (editing, refocusing).
         """
         B, quantizer = len(labels), tokenizer.quantizer
         maps, last = len(self.patch_nums), self.patch_nums[-1]
         branches = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if cfg else labels
         embedding, condition, shared = self.condition(branches)
         caches = self.new_caches(embedding, len(branches)) if kv_cache else None
+        given = [*given, *(labels.new_full((1, p * p), -1) for p in self.patch_nums[len(given):])]
 
         codes = quantizer.codebook.weight
         f_hat = codes.new_zeros(B, codes.shape[1], last, last)
@@ -251,11 +254,13 @@ class VAR(nn.Module):
             if cfg:
                 logits = (1 + cfg * progress) * logits[:B] - cfg * progress * logits[B:]
             logits = filter_logits(logits, top_k, top_p)
-            tokens.append(draw(logits, generator))
+            drawn = draw(logits, generator)
+            known = given[k] >= 0
+            tokens.append(torch.where(known, given[k], drawn))
+            chosen = quantizer.codebook.maps(tokens[k])
             if smooth:
-                chosen = smooth_codes(logits, progress, codes, generator).transpose(1, 2).reshape(B, -1, p, p)
-            else:
-                chosen = quantizer.codebook.maps(tokens[k])
+                mixture = smooth_codes(logits, progress, codes, generator).transpose(1, 2).reshape(B, -1, p, p)
+                chosen = torch.where(known.view(-1, 1, p, p), chosen, mixture)
             f_hat = f_hat + quantizer.refine(chosen, k)
             if k + 1 < maps:
                 following = area(f_hat, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
@@ -505,10 +510,36 @@ def count_of(pattern, names):
 
 
 class Published(dict):
-    """A copy of a published state dict; asking it for a weight it lacks is a UserError."""
+    """A copy of a published state dict of which the name of one weight is known; asking it for one it lacks is a UserError."""
+
+    def __init__(self, state_dict, known, what):
+        if not isinstance(state_dict, dict) or known not in state_dict:
+            raise UserError(f'this is no published VAR {what} (it has no {known})')
+        super().__init__(state_dict)
 
     def __missing__(self, name):
         raise UserError(f'this state dict is not whole, or not as VAR publishes it: {name} is missing')
+
+
+def published_vae(state_dict):
+    return Published(state_dict, 'quantize.embedding.weight', 'tokenizer such as vae_ch160v4096z32.pth')
+
+
+def published_var(state_dict):
+    return Published(state_dict, 'word_embed.weight', 'transformer such as var_d16.pth')
+
+
+PUBLISHED_PATCH_NUMS = ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))   # at 256 and 512 px
+
+
+def published_patch_nums(var_state_dict):
+    """The token maps of a published transformer, which its weights do not tell: VAR's at 256 or 512 px, whichever fits."""
+    var = published_var(var_state_dict)
+    sizes = var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]
+    for patch_nums in PUBLISHED_PATCH_NUMS:
+        if sizes == (len(patch_nums), sum(p * p for p in patch_nums)):
+            return patch_nums
+    raise UserError(f'this transformer has {sizes[0]} token maps with {sizes[1]} tokens, as none of VAR\'s own: give --patch_nums')
 
 
 def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
@@ -517,40 +548,53 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
     num_heads: where QK-norm's temperatures don't tell, VAR's rule, as many as blocks. Raises UserError when a
     dictionary is not what it should be or belongs to other patch_nums.
     """
-    vae, var = Published(vae_state_dict), Published(var_state_dict)
-    if 'quantize.embedding.weight' not in vae:
-        raise UserError('this is no published VAR tokenizer (it has no quantize.embedding.weight): give vae_ch160v4096z32.pth')
-    if 'word_embed.weight' not in var:
-        raise UserError('this is no published VAR transformer (it has no word_embed.weight): give var_d16.pth or its like')
-    length = sum(p * p for p in patch_nums)
-    if var['pos_1LC'].shape[1] != length or var['lvl_embed.weight'].shape[0] != len(patch_nums):
-        raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
-                        f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
-    vocab_size, code_width = vae['quantize.embedding.weight'].shape
-    if var['head.weight'].shape[0] != vocab_size or var['word_embed.weight'].shape[1] != code_width:
-        raise UserError(f'tokenizer ({vocab_size} codes × {code_width}) and transformer ({var["head.weight"].shape[0]} codes × '
-                        f'{var["word_embed.weight"].shape[1]}) do not belong together')
+    vae = published_vae(vae_state_dict)
+    student = load_official_student(var_state_dict, patch_nums, num_heads)
+    tokenizer = load_official_tokenizer(vae, patch_nums)
+    codebook, head, embed = tokenizer.quantizer.codebook.weight, student.head.weight, student.word_embed.weight
+    if (len(head), embed.shape[1]) != codebook.shape:
+        raise UserError(f'tokenizer ({len(codebook)} codes × {codebook.shape[1]}) and transformer ({len(head)} codes × '
+                        f'{embed.shape[1]}) do not belong together')
+    return tokenizer, student
 
+
+def load_official_tokenizer(vae_state_dict, patch_nums):
+    vae = published_vae(vae_state_dict)
+    vocab_size, code_width = vae['quantize.embedding.weight'].shape
     channels, levels = vae['encoder.conv_in.weight'].shape[0], count_of(r'encoder\.down\.(\d+)\.', vae)
     mult = tuple(vae[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // channels for i in range(levels))
-    hits = vae['quantize.ema_vocab_hit_SV']
-    if len(hits) != len(patch_nums):                        # counts of other maps: VAR starts them anew as well
-        vae['quantize.ema_vocab_hit_SV'] = hits.new_zeros(len(patch_nums), vocab_size)
     tokenizer = StructureTokenizer(
         image_size=patch_nums[-1] * 2 ** (levels - 1), patch_nums=patch_nums, vocab_size=vocab_size, code_width=code_width,
         channels=channels, channel_mult=mult, res_blocks=count_of(r'encoder\.down\.0\.block\.(\d+)\.', vae),
         phis=count_of(r'quantize\.quant_resi\.qresi_ls\.(\d+)\.', vae), pyramid='scale')
+    fill_official_tokenizer(tokenizer, vae)
+    return tokenizer.eval()
+
+
+def fill_official_tokenizer(tokenizer, vae_state_dict):
+    """Puts published weights into a StructureTokenizer of their sizes, whatever its pyramid. UserError if they don't fit."""
+    vae, levels = published_vae(vae_state_dict), len(tokenizer.encoder.levels)
+    hits = vae['quantize.ema_vocab_hit_SV']
+    if len(hits) != len(tokenizer.patch_nums):              # counts of other maps: VAR starts them anew as well
+        vae['quantize.ema_vocab_hit_SV'] = hits.new_zeros(len(tokenizer.patch_nums), hits.shape[1])
     load_renamed(tokenizer, vae, lambda name: official_tokenizer_name(name, levels), 'tokenizer')
 
-    depth, width = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape[0]
+
+def load_official_student(var_state_dict, patch_nums, num_heads=None):
+    var = published_var(var_state_dict)
+    length = sum(p * p for p in patch_nums)
+    if var['pos_1LC'].shape[1] != length or var['lvl_embed.weight'].shape[0] != len(patch_nums):
+        raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
+                        f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
+    depth, (width, code_width) = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape
     qk_norm = 'blocks.0.attn.scale_mul_1H11' in var
     if num_heads is None:
         num_heads = var['blocks.0.attn.scale_mul_1H11'].shape[1] if qk_norm else depth
-    student = VAR(patch_nums, vocab_size, code_width, num_classes=var['class_emb.weight'].shape[0] - 1, depth=depth, width=width,
-                  num_heads=num_heads, mlp_ratio=var['blocks.0.ffn.fc1.weight'].shape[0] / width, qk_norm=qk_norm,
-                  shared_aln='shared_ada_lin.1.weight' in var)
+    student = VAR(patch_nums, var['head.weight'].shape[0], code_width, num_classes=var['class_emb.weight'].shape[0] - 1,
+                  depth=depth, width=width, num_heads=num_heads, mlp_ratio=var['blocks.0.ffn.fc1.weight'].shape[0] / width,
+                  qk_norm=qk_norm, shared_aln='shared_ada_lin.1.weight' in var)
     load_renamed(student, var, official_student_name, 'transformer')
-    return tokenizer.eval(), student.eval()
+    return student.eval()
 
 
 def load_renamed(module, published, published_name, what):
@@ -597,3 +641,26 @@ def load_student(path, structure, device='cpu'):
     student = build_student(checkpoint['config'], structure, len(checkpoint['classes']))
     load_weights(student, checkpoint['student'], path)
     return student.to(device).eval(), checkpoint
+
+
+def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), device='cpu'):
+    """(StructureTokenizer, VAR in eval mode, checkpoint of the student): what sampling needs.
+
+    init_from: student.pt (default: the one in out_dir). tokenizer: tokenizer.pt (default: the one beside it). vae: instead
+    of it a published tokenizer; then init_from is a published transformer, classes are only numbers, and patch_nums are
+    VAR's own unless given. Raises UserError naming the file that is wrong.
+    """
+    if not vae:
+        if patch_nums:
+            raise UserError('--patch_nums goes with --vae: a tokenizer.pt knows its own')
+        student_file = init_from or os.path.join(out_dir, 'student.pt')
+        structure, _, _ = load_tokenizers(tokenizer or os.path.join(os.path.dirname(student_file), 'tokenizer.pt'), device)
+        return structure, *load_student(student_file, structure, device)
+    if not init_from or tokenizer:
+        raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, and no --tokenizer')
+    vae_weights, var_weights = read_weights(vae, device), read_weights(init_from, device)
+    try:
+        structure, student = load_official(vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
+    except UserError as error:
+        raise UserError(f'--vae={vae} --init_from={init_from}: {error}') from None
+    return structure.to(device), student.to(device), {'classes': [str(c) for c in range(student.num_classes)], 'step': 0}

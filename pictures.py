@@ -1,26 +1,80 @@
-"""Tensors to picture files and back: one photo in, labelled grids and GIFs out; and how far two pictures differ.
+"""Tensors to picture files and back: photos and masks in, labelled grids and GIFs out; and how far two pictures differ.
 
 Images are float in [−1, 1].
 """
 import math
+import os
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from configurator import UserError
-from data import normalize, read_picture, square_crop, to_uint8
+from data import Charts, normalize, read_picture, square_crop, to_uint8
 from runtime import atomic_write
 
 
-def load_photo(path, image_size):
-    """A photo's centre square at image_size pixels: (1, 3, S, S). UserError when it can not be read."""
+def open_photo(path, image_size):
+    """A photo as a PIL RGB image, or an embedded chart by its name, image_size wide. UserError when it can not be read."""
+    if path in Charts.classes:
+        return to_picture(normalize(Charts('val', image_size, len(Charts.classes)).images[Charts.classes.index(path)]))
     try:
-        image = read_picture(path, 2 * image_size)
+        return read_picture(path, 2 * image_size)
     except FileNotFoundError:
         raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
         raise UserError(f'{path!a} can not be read as a picture ({type(error).__name__}: {error})') from None
+
+
+def load_photo(path, image_size):
+    """A photo's centre square at image_size pixels: (1, 3, S, S); path as in open_photo."""
+    image = open_photo(path, image_size)
     return normalize(square_crop(image, image_size, min(image.size)))[None]
+
+
+def read_box(name, text, limit):
+    """Four whole numbers LEFT,TOP,RIGHT,BOTTOM in 0 … limit; UserError otherwise."""
+    numbers = text if isinstance(text, tuple) else tuple(int(n) if n.strip().isdecimal() else -1 for n in text.split(','))
+    if len(numbers) != 4 or not all(type(n) is int and 0 <= n <= limit for n in numbers):
+        raise UserError(f'--{name}={",".join(map(str, numbers))}: give LEFT,TOP,RIGHT,BOTTOM, whole numbers from 0 to {limit}')
+    return numbers
+
+
+def load_mask(mask, photo, image_size):
+    """The part of a photo to be drawn anew, (S, S) of 0 and 1, as load_photo crops it.
+
+    mask: a picture of the photo's proportions, white there; or 'LEFT,TOP,RIGHT,BOTTOM', a box in pixels of the result.
+    """
+    if ',' in mask and not os.path.exists(mask):
+        left, top, right, bottom = read_box('mask', mask, image_size)
+        painted = torch.zeros(image_size, image_size)
+        painted[top:bottom, left:right] = 1
+    else:
+        image, (width, height) = open_photo(mask, image_size), open_photo(photo, image_size).size
+        if abs(image.width / image.height - width / height) > 0.02 * width / height:
+            raise UserError(f'{mask!a} is {image.width} × {image.height}, the photo {width} × {height}: draw the mask on the photo')
+        painted = (normalize(square_crop(image, image_size, min(image.size))).mean(0) > 0).float()
+    if painted.min() == painted.max():
+        raise UserError(f'--mask={mask}: {"all" if painted.max() else "nothing"} of the photo is to be drawn anew; '
+                        f'white is what changes, black what stays')
+    return painted
+
+
+def place_photo(path, image_size, margins):
+    """A photo with margins (left, top, right, bottom) in pixels of the result: (canvas (1, 3, S, S), margins (S, S) as 1).
+
+    It is cut to the proportions of what the margins leave, around its centre; its edges go on into the margins.
+    """
+    left, top, right, bottom = read_box('outpaint', margins, image_size - 1)
+    width, height = image_size - left - right, image_size - top - bottom
+    if width < 1 or height < 1 or not any(margins):
+        raise UserError(f'--outpaint={",".join(map(str, margins))}: of {image_size} pixels some must stay for the photo, '
+                        f'and some for what is around it')
+    image = ImageOps.fit(open_photo(path, image_size), (width, height), Image.Resampling.LANCZOS)
+    photo = normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
+    painted = F.pad(torch.zeros(height, width), (left, right, top, bottom), value=1.0)
+    return F.pad(photo, (left, right, top, bottom), mode='replicate'), painted
 
 
 def to_picture(image, side=0):

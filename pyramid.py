@@ -204,17 +204,12 @@ def draw(images, patch_nums, radii, kernel, side=160):
 
 
 def main():
-    from data import Charts, normalize
     from pictures import load_photo, save_png
 
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
     radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
-    if photo in Charts.classes:
-        images = normalize(Charts('val', image_size, len(Charts.classes)).images[[Charts.classes.index(photo)]])
-    else:
-        images = load_photo(photo, image_size)
-    save_png(out, draw(images, patch_nums, radii, kernel))
+    save_png(out, draw(load_photo(photo, image_size), patch_nums, radii, kernel))
     print(f'wrote {out}: {len(patch_nums)} views of {photo}, radii ' + ' '.join(f'{r:.3g}' for r in radii))
 
 

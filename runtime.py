@@ -245,14 +245,19 @@ def save_checkpoint(path, checkpoint):
     """Writes a dictionary of tensors and plain values; the file it replaces is kept as PATH.previous."""
     path = Path(path)
     with atomic_write(path) as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:                       # torch's own complaint hides that the disk is full
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        write_weights(file, checkpoint)
         file.flush()
         os.fsync(file.fileno())                             # only now may the old one step aside
         if path.exists():
             os.replace(path, previous(path))
+
+
+def write_weights(file, weights):
+    """torch.save, but an OSError when the disk is full, which torch's own complaint hides."""
+    try:
+        torch.save(weights, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def previous(path):

@@ -1,10 +1,17 @@
-"""Pictures from a trained student: a labelled grid of classes, and a GIF of them coming into focus.
+"""Pictures from a trained student: a class grid, a GIF of them coming into focus, edited and refocused photos.
 
     python sample.py
     python sample.py --out_dir=out-d16 --classes=207,980 --per_class=16 --cfg=4 --seed=3
+    python sample.py --edit=PHOTO --mask=MASK.png               # inpainting: what is white in the mask is drawn anew
+    python sample.py --edit=PHOTO --mask=8,8,24,24 --class=3    # class-conditional editing, in a box
+    python sample.py --edit=PHOTO --outpaint=0,0,16,0           # outpainting, 16 pixels to the right
+    python sample.py --refocus=PHOTO --radius=3                 # a photo 3 pixels out of focus
+    python sample.py --vae=vae_ch160v4096z32.pth --init_from=var_d16.pth --classes=207,980     # VAR's published files
+    python sample.py --export=DIR                               # ours, under the published names
 
-Only tokenizer.pt and student.pt are read: the teacher is not needed, nor are the images it was trained on.
-Writes out_dir/samples.png and out_dir/focus.gif.
+Only tokenizer.pt and student.pt are read: the teacher is not needed, nor are the images it was trained on. Writes to
+out_dir: samples.png and focus.gif; or edit.png, outpaint.png or refocus.png, what the photo was beside per_class results,
+and the results by themselves (edit-1.png …). Photos are cut to a square of the student's size; pixels are of that square.
 """
 import os
 
@@ -12,18 +19,28 @@ import torch
 
 import runtime
 from configurator import UserError, configure
-from model import load_student
-from pictures import picture_grid, save_gif, save_png
-from tokenizer import load_tokenizers
+from editing import edit as edit_photo, refocus as refocus_photo
+from model import load_deployed, to_official
+from pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
 
 # input and output
 out_dir = 'out'                 # where the pictures go
-student = ''                    # student.pt (default: the one in out_dir)
+init_from = ''                  # student.pt (default: the one in out_dir), or with --vae a published transformer
 tokenizer = ''                  # tokenizer.pt (default: the one beside student.pt)
+vae = ''                        # a published VAR tokenizer instead
+patch_nums = ()                 # token maps of published files (default: VAR's at 256 or 512 px)
+export = ''                     # folder for student and tokenizer in VAR's published format; nothing is sampled then
 # what to draw
 classes = ()                    # class numbers (default: all, at most the first ten)
-per_class = 8                   # pictures of each
+per_class = 8                   # pictures of each, or variants of a photo
 seed = 0                        # the same seed gives the same pictures
+# what to do with a photo (a file, or the name of an embedded chart)
+edit = ''                       # photo of which a part is drawn anew
+mask = ''                       # that part: a picture of the photo's shape, white there, or the box LEFT,TOP,RIGHT,BOTTOM
+outpaint = ()                   # or margins LEFT,TOP,RIGHT,BOTTOM around the photo, in pixels of the result
+refocus = ''                    # photo that is out of focus
+radius = 0.0                    # its blur, radius in pixels of the result
+class_ = -1                     # class of what is drawn (default: none)
 # how to sample; the defaults are VAR's
 cfg = 1.5                       # guidance strength, ramped up over the token maps; 0 is none
 top_k = 900                     # most likely codes kept; 0 is all
@@ -37,27 +54,32 @@ dtype = 'float32'               # auto | float32 | bfloat16 | float16
 config = configure(globals())
 
 
+def check_settings():
+    """UserError for settings that make no sense together."""
+    if per_class < 1 or batch_size < 1:
+        raise UserError(f'--per_class={per_class} --batch_size={batch_size}: both must be at least 1')
+    if bool(edit) != bool(mask or outpaint) or (mask and outpaint):
+        raise UserError('to edit a photo give --edit=PHOTO and one of --mask=MASK.png and --outpaint=LEFT,TOP,RIGHT,BOTTOM')
+    if bool(refocus) != bool(radius):
+        raise UserError('to refocus a photo give --refocus=PHOTO and --radius=PIXELS')
+    if edit and refocus:
+        raise UserError('--edit and --refocus: one at a time')
+    if (classes and (edit or refocus)) or (class_ != -1 and not (edit or refocus)):
+        raise UserError('--class=NUMBER goes with --edit and --refocus, --classes=NUMBERS with sampling')
+
+
 def choose_classes(wanted, names):
     """Class numbers to draw, checked; UserError for a number that is no class."""
     wanted = wanted or range(min(10, len(names)))
     for c in wanted:
         if type(c) is not int or not 0 <= c < len(names):
-            raise UserError(f'--classes: {c} is no class; this student knows 0 to {len(names) - 1}')
+            raise UserError(f'--class and --classes: {c} is no class; this student knows 0 to {len(names) - 1}')
     return list(wanted)
 
 
-def main():
-    dev = runtime.start(device, seed)
-    autocast, _ = runtime.precision(dtype, dev)
-    if per_class < 1 or batch_size < 1:
-        raise UserError(f'--per_class={per_class} --batch_size={batch_size}: both must be at least 1')
-    student_file = student or os.path.join(out_dir, 'student.pt')
-    tokenizer_file = tokenizer or os.path.join(os.path.dirname(student_file), 'tokenizer.pt')
-    structure, _, _ = load_tokenizers(tokenizer_file, dev)
-    network, checkpoint = load_student(student_file, structure, dev)
-    names = checkpoint['classes']
+def draw_samples(structure, network, names, autocast, dev):
+    """samples.png and focus.gif."""
     chosen = choose_classes(classes, names)
-
     labels = torch.tensor(chosen, device=dev).repeat_interleave(per_class)
     generator = torch.Generator(dev).manual_seed(seed)
     tokens, images = [], []
@@ -76,6 +98,59 @@ def main():
               for k, state in enumerate(structure.decode_states(tokens), start=1)]
     save_gif(f'{out_dir}/focus.gif', frames)
     runtime.say(f'wrote {out_dir}/samples.png ({len(images)} pictures) and {out_dir}/focus.gif')
+
+
+@torch.no_grad()
+def draw_on_photo(structure, network, names, autocast, dev):
+    """edit.png, outpaint.png or refocus.png, and every variant by itself."""
+    size, label = structure.image_size, network.num_classes if class_ == -1 else choose_classes([class_], names)[0]
+    labels = torch.full((per_class,), label, device=dev)
+    sampling = {'cfg': 0 if class_ == -1 else cfg, 'top_k': top_k, 'top_p': top_p, 'smooth': smooth, 'kv_cache': kv_cache,
+                'generator': torch.Generator(dev).manual_seed(seed)}
+    if outpaint:
+        photo, painted = place_photo(edit, size, outpaint)
+    else:
+        photo = load_photo(edit or refocus, size)
+        painted = load_mask(mask, edit, size) if edit else None
+    photo = photo.to(dev)
+    with autocast():
+        if refocus:
+            stages, names_of_stages = [photo], ['photo']
+            images = refocus_photo(network, structure, photo.expand(per_class, -1, -1, -1), radius, labels, **sampling)
+        else:
+            painted = painted.to(dev)
+            stages, names_of_stages = [photo, photo + painted * (0 - photo)], ['photo', 'mask']
+            images = edit_photo(network, structure, photo, painted, labels, **sampling)
+    name = 'refocus' if refocus else 'outpaint' if outpaint else 'edit'
+    columns = names_of_stages + [f'{i}' for i in range(1, per_class + 1)]
+    save_png(f'{out_dir}/{name}.png', picture_grid(torch.cat([*stages, images]), len(columns), column_names=columns))
+    for i, image in enumerate(images, start=1):
+        save_png(f'{out_dir}/{name}-{i}.png', to_picture(image))
+    runtime.say(f'wrote {out_dir}/{name}.png and {out_dir}/{name}-1.png … {per_class}')
+
+
+def write_published(structure, network):
+    """The two files under the names that VAR's own release has."""
+    codebook = structure.quantizer.codebook
+    files = (f'vae_ch{structure.encoder.conv_in.out_channels}v{codebook.num_embeddings}z{codebook.embedding_dim}.pth',
+             f'var_d{len(network.blocks)}.pth')
+    for name, weights in zip(files, to_official(structure, network)):
+        with runtime.atomic_write(os.path.join(export, name)) as file:
+            runtime.write_weights(file, {key: value.contiguous().cpu() for key, value in weights.items()})
+    runtime.say(f'wrote {export}/{files[0]} and {export}/{files[1]}; token maps {",".join(map(str, structure.patch_nums))}')
+
+
+def main():
+    check_settings()
+    dev = runtime.start(device, seed)
+    autocast, _ = runtime.precision(dtype, dev)
+    structure, network, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
+    if export:
+        write_published(structure, network)
+    elif edit or refocus:
+        draw_on_photo(structure, network, checkpoint['classes'], autocast, dev)
+    else:
+        draw_samples(structure, network, checkpoint['classes'], autocast, dev)
 
 
 if __name__ == '__main__':

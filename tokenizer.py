@@ -339,17 +339,21 @@ class StructureTokenizer(nn.Module):
     def features(self, images):
         return self.pre_quant(self.encoder(images))
 
-    def targets(self, images, generator=None):
-        """e_1 … e_K, each (B, C, p_k, p_k). With a generator the views carry the noise of Eq. 3."""
+    def targets(self, images, generator=None, radii=None):
+        """e_1 … e_K, each (B, C, p_k, p_k). With a generator the views carry the noise of Eq. 3.
+
+        radii: other ones than the tokenizer's own; fewer than K give only the first maps.
+        """
+        radii = self.radii if radii is None else radii
         if self.focus_input == 'view' and self.pyramid == 'focus':
             noise = self.noise if generator is not None else (0.0, 0.0)
-            views, _, _ = build_pyramid(images, self.patch_nums, self.radii, noise, self.kernel, generator)
+            views, _, _ = build_pyramid(images, self.patch_nums, radii, noise, self.kernel, generator)
             return [self.features(view) for view in views]
-        return [area(f, p) for f, p in zip(self.focused_features(images, generator), self.patch_nums)]
+        return [area(f, p) for f, p in zip(self.focused_features(images, radii, generator), self.patch_nums)]
 
-    def focused_features(self, images, generator=None):
-        """Encoder(F_ρk(x)) at full size for every k; each distinct radius is encoded once."""
-        distinct = [max(r, 0.5) for r in self.radii]        # ρ ≤ ½ is the identity
+    def focused_features(self, images, radii, generator=None):
+        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once."""
+        distinct = [max(r, 0.5) for r in radii]             # ρ ≤ ½ is the identity
         noisy = generator is not None and self.pyramid == 'focus' and self.kernel != 'none'
         states = {}
         for radius, beta in zip(distinct, noise_levels(self.noise, len(distinct))):
@@ -362,9 +366,9 @@ class StructureTokenizer(nn.Module):
         return [of_radius[radius] for radius in distinct]
 
     @torch.no_grad()
-    def encode(self, images, generator=None):
-        """(B, 3, S, S) in [−1, 1] → token maps, a list of (B, p_k²) int64."""
-        return self.quantizer(self.targets(images, generator))[0]
+    def encode(self, images, generator=None, radii=None):
+        """(B, 3, S, S) in [−1, 1] → token maps, a list of (B, p_k²) int64. generator, radii: as in targets()."""
+        return self.quantizer(self.targets(images, generator, radii))[0]
 
     # -- the way out
 
@@ -399,7 +403,7 @@ class StructureTokenizer(nn.Module):
 
         state: index of the token map to decode besides the last, −1 for none (then the second result is None).
         """
-        full = None if self.focus_input == 'view' and self.pyramid == 'focus' else self.focused_features(images, generator)
+        full = None if self.focus_input == 'view' and self.pyramid == 'focus' else self.focused_features(images, self.radii, generator)
         targets = self.targets(images, generator) if full is None else [area(f, p) for f, p in zip(full, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 

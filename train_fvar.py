@@ -18,12 +18,12 @@ import torch
 import runtime
 from configurator import UserError, configure
 from data import EndlessBatches, TokenDataset, batches, in_order, normalize, open_dataset
-from model import FVAR, Teacher, build_student, load_student
+from model import FVAR, Teacher, build_student, load_official_student, load_student
 from tokenizer import load_tokenizers
 
 # input and output
 out_dir = 'out'                 # everything is written here
-init_from = 'scratch'           # scratch | resume | a student.pt to start from
+init_from = 'scratch'           # scratch | resume | a student.pt, or VAR's published var_d16.pth or the like, to start from
 tokenizer = ''                  # tokenizer.pt of stage 1 (default: the one in out_dir)
 tokens = ''                     # folder of encode.py's token files (default: tokens beside tokenizer.pt)
 data = ''                       # images, where there are no token files (default: what the tokenizer was trained on)
@@ -138,6 +138,20 @@ def token_inputs(structure, structure_tokens):
     return structure.token_inputs(list(structure_tokens.split([p * p for p in structure.patch_nums], 1)))
 
 
+def start_from(student, saved, structure):
+    """Fills the student from a student.pt or a published transformer; for another number of classes, theirs start anew."""
+    if 'word_embed.weight' in saved:
+        weights = load_official_student(saved, structure.patch_nums, student.num_heads).state_dict()
+    else:
+        weights = load_student(init_from, structure)[0].state_dict()
+    classes, none = weights['class_embed.weight'][:-1], weights['class_embed.weight'][-1:]
+    if len(classes) != student.num_classes:
+        runtime.say(f'{init_from} knows {len(classes)} classes, the data has {student.num_classes}: their embeddings start anew')
+        fresh = student.class_embed.weight.detach()[:-1].to(none)
+        weights['class_embed.weight'] = torch.cat([fresh, none]) if fresh.shape[1] == none.shape[1] else none
+    runtime.load_weights(student, weights, init_from)
+
+
 @torch.no_grad()
 def validate(network, source, structure, dev, autocast):
     """Held-out loss terms averaged over pictures, in nats a token; 'ce_per_map' for each token map; bits an image.
@@ -170,7 +184,9 @@ def main():
 
     student = build_student(config, structure, len(source.classes)).to(dev)
     if init_from not in ('scratch', 'resume'):
-        runtime.load_weights(student, load_student(init_from, structure, dev)[0].state_dict(), init_from)
+        if not os.path.isfile(init_from):
+            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, a student.pt or a published transformer')
+        start_from(student, runtime.read_weights(init_from, dev), structure)
     teacher = None
     if distill:
         teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import batches, in_order, normalize, open_dataset
+from model import fill_official_tokenizer
 from pictures import picture_grid, psnr, save_png
 from pyramid import defocus
 from tokenizer import build_tokenizers
 
 # input and output
 out_dir = 'out'                 # everything is written here
-init_from = 'scratch'           # scratch | resume
+init_from = 'scratch'           # scratch | resume | VAR's published vae_ch160v4096z32.pth for Q_L
 # data
 data = 'charts'                 # charts, or a folder with train/<class>/*.jpg and val/<class>/*.jpg
 image_size = 256                # pixels; must be patch_nums[-1] · 2^(len(channel_mult) − 1)
@@ -62,7 +63,7 @@ reseed_every = 50               # steps between searches for dead codes
 reseed_until = 0.8              # share of the run after which codes are left alone
 dead_below = 0.03               # a code used less than this share of an even share is dead
 # optimisation
-steps = 100_000                 # optimizer steps (paper)
+steps = 100_000                 # optimizer steps (paper); 0 writes the tokenizers as init_from gives them
 batch_size = 256                # images a step, over all ranks
 lr = 1e-4                       # peak learning rate
 warmup = 500                    # steps of linear warm-up
@@ -177,7 +178,9 @@ def draw(structure, images, path):
 def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
-    runtime.require_positive(config, 'steps', 'eval_every', 'eval_images', 'save_every', 'log_every')
+    if steps < 0:
+        raise UserError(f'steps={steps}: must be at least 0')
+    runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every')
     runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
     validation = normalize(next(in_order(held_out, eval_images))[0]).to(dev)
@@ -203,7 +206,9 @@ def main():
             gan_optimizer.load_state_dict(saved['gan_optimizer'])
         step = saved['step']
     elif init_from != 'scratch':
-        raise UserError(f'--init_from={init_from}: choose scratch or resume')
+        if not os.path.isfile(init_from):
+            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume or a published tokenizer')
+        fill_official_tokenizer(structure, runtime.read_weights(init_from, dev))
     runtime.say(f'structure tokenizer {millions(structure)}, alias tokenizer {millions(alias)}, {len(train)} images of '
                 f'{len(train.classes)} classes, radii ' + ' '.join(f'{r:.2g}' for r in structure.radii))
 
@@ -218,6 +223,8 @@ def main():
                 'scaler': scaler.state_dict(), 'gan_optimizer': gan_optimizer.state_dict() if gan_optimizer else {}})
         runtime.barrier()
 
+    if steps == 0:
+        save({})
     log = runtime.Log(f'{out_dir}/tokenizer.jsonl', first_step=step)
     bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
     supply = batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers)

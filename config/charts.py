@@ -8,7 +8,7 @@ if script == 'train_tokenizer':
     channels, channel_mult, res_blocks = 16, (1, 1, 3), 1   # reduces by 4
     vocab_size, code_width = 256, 16
     alias_channels = 8
-    max_radius = 24.0                   # 3 of 32 pixels; with the paper's 12 hardly anything would be out of focus
+    max_radius = 32.0                   # 4 of 32 pixels; with the paper's 12 hardly anything would be out of focus
     steps, warm_start, batch_size, lr = 1000, 300, 16, 4e-3
     eval_every, save_every = 200, 500
 

@@ -19,6 +19,8 @@ import runtime
 from configurator import HERE
 from data import Charts, ImageFolder, TokenDataset, normalize
 from model import build_student, load_student
+from pictures import load_photo, place_photo, psnr, to_picture
+from pyramid import defocus
 from tokenizer import AliasTokenizer, load_tokenizers
 
 # what `make demo` starts, in this order, and what makes a run of seconds of it
@@ -237,7 +239,7 @@ def test_a_student_trains_on_images_where_there_are_no_token_files(run, demo, tm
 def sample(run, demo, tmp_path):
     """Pixels of samples.png with some arguments, sampled from the demo's student."""
     def sample(*arguments):
-        status, _, err = run('sample', tmp_path, f'--student={demo.out}/student.pt', *arguments)
+        status, _, err = run('sample', tmp_path, f'--init_from={demo.out}/student.pt', *arguments)
         assert status == 0, err
         return np.asarray(Image.open(tmp_path / 'samples.png'))
     return sample
@@ -268,6 +270,118 @@ def test_sampling_needs_nothing_but_tokenizer_and_student(run, demo, tmp_path):
         away.rename(demo.data)
     assert set(contents(tmp_path)) == {'tokenizer.pt', 'student.pt', 'samples.png', 'focus.gif'}
     assert contents(tmp_path)['samples.png'] == contents(demo.out)['samples.png']
+
+
+# -----------------------------------------------------------------------------
+# editing and refocusing
+
+@pytest.fixture(scope='module')
+def photo(demo):
+    return sorted((demo.data / 'val' / 'zone_plate').iterdir())[0]
+
+
+@pytest.fixture
+def drawn(run, demo, tmp_path):
+    """Pixels (per_class, 32, 32, 3) of what sample.py makes of a photo, and the student's square of the photo itself."""
+    def drawn(name, *arguments):
+        status, _, err = run('sample', tmp_path, f'--init_from={demo.out}/student.pt', '--per_class=3', *arguments)
+        assert status == 0, err
+        assert (tmp_path / f'{name}.png').is_file() and not (tmp_path / f'{name}-4.png').exists()
+        return np.stack([np.asarray(Image.open(tmp_path / f'{name}-{i}.png')) for i in (1, 2, 3)])
+    return drawn
+
+
+def square(photo):
+    return (load_photo(photo, 32)[0].permute(1, 2, 0).numpy() * 127.5 + 127.5).round().astype(np.uint8)
+
+
+def test_inpainting_changes_what_is_white_in_the_mask_and_nothing_else(drawn, photo, tmp_path):
+    """At the size of the photo, 36 px; the mask is drawn at twice that, and everything comes out at 32."""
+    mask = np.zeros((72, 72), np.uint8)
+    mask[:, 36:] = 255
+    Image.fromarray(mask).save(tmp_path / 'mask.png')
+    pictures = drawn('edit', f'--edit={photo}', f'--mask={tmp_path}/mask.png')
+    assert (pictures[:, :, :16] == square(photo)[:, :16]).all()
+    assert (pictures[:, :, 20:] != square(photo)[:, 20:]).any(-1).mean() > 0.9
+    assert not np.array_equal(pictures[0], pictures[1]), 'variants differ'
+    boxed = drawn('edit', f'--edit={photo}', '--mask=16,0,32,32')
+    assert np.array_equal(boxed, pictures), 'a box is a mask'
+
+
+def test_a_class_can_be_asked_for_in_the_mask(drawn, photo):
+    pictures = [drawn('edit', f'--edit={photo}', '--mask=8,8,24,24', f'--class={c}', '--cfg=4') for c in (0, 3)]
+    changed = (pictures[0] != pictures[1]).any((0, 3))
+    assert changed[8:24, 8:24].any() and not changed[:8].any() and not changed[24:].any() and not changed[:, :8].any()
+
+
+def test_outpainting_puts_the_photo_inside_and_draws_around_it(drawn, photo):
+    pictures = drawn('outpaint', f'--edit={photo}', '--outpaint=0,16,16,0')
+    with Image.open(photo) as image:
+        inside = np.asarray(image.convert('RGB').resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(pictures[:, 16:, :16] - inside).max() <= 1
+    canvas = pictures.astype(int) - np.asarray(place_photo(photo, 32, (0, 16, 16, 0))[0][0].permute(1, 2, 0) * 127.5 + 127.5)
+    assert (np.abs(canvas[:, :13]) > 1).any(-1).mean() > 0.9 and not np.array_equal(pictures[0], pictures[1])
+
+
+def test_refocusing_draws_what_the_blur_left_open(drawn, photo, tmp_path):
+    blurred = defocus(load_photo(photo, 32), 2.0)
+    to_picture(blurred[0]).save(tmp_path / 'blurred.png')
+    pictures = drawn('refocus', f'--refocus={tmp_path}/blurred.png', '--radius=2')
+    again = defocus(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1, 2.0)
+    assert psnr(again, blurred.expand_as(again)) > 25, 'put out of focus again it is the photo that was given'
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_refocusing_is_measured_beside_the_classical_remedies(run, demo, tmp_path):
+    status, out, err = run('evaluate', tmp_path, f'--init_from={demo.out}/student.pt', '--parts=refocus', '--refocus_images=12')
+    rows = json.loads((tmp_path / 'refocus.json').read_text())['refocus']
+    assert status == 0 and 'student + Wiener' in out and {row['images'] for row in rows} == {12}
+    found = {(row['radius'], row['noise'], row['method']): row['psnr'] for row in rows}
+    assert len(found) == len(rows) == 5 * 2 * 5 and max(radius for radius, _, _ in found) == 4
+    assert found[4, 0, 'Wiener'] > found[4, 0, 'unsharp'] > found[4, 0, 'blurred'] > found[4, 0, 'student']
+
+
+# -----------------------------------------------------------------------------
+# our student in the published format and back
+
+def test_an_exported_student_draws_the_same_pictures(run, sample, demo, tmp_path):
+    assert run('sample', demo.out, f'--export={tmp_path}/published')[0] == 0
+    names = {path.name: str(path) for path in (tmp_path / 'published').iterdir()}
+    assert set(names) == {'vae_ch8v64z16.pth', 'var_d2.pth'}
+    status, _, err = run('sample', tmp_path, f'--vae={names["vae_ch8v64z16.pth"]}', f'--init_from={names["var_d2.pth"]}',
+                         '--patch_nums=1,2,3,4,6,8', '--classes=0,1,2,3')
+    assert status == 0, err
+    ours = sample()
+    theirs = np.asarray(Image.open(tmp_path / 'samples.png'))       # narrower: its classes are numbers, not names
+    assert np.array_equal(ours[:, -theirs.shape[1] + 40:], theirs[:, 40:])
+
+
+def test_training_goes_on_from_published_files(run, demo, tmp_path):
+    """Stage 1 from the tokenizer alone, stage 2 from the transformer; another number of classes starts theirs anew."""
+    assert run('sample', demo.out, f'--export={tmp_path}/published')[0] == 0
+    vae, var = f'{tmp_path}/published/vae_ch8v64z16.pth', f'{tmp_path}/published/var_d2.pth'
+    status, _, err = run('train_tokenizer', tmp_path / 'out', f'--init_from={vae}', '--steps=0')
+    assert status == 0, err
+    ours, theirs = (load_tokenizers(out / 'tokenizer.pt')[0].state_dict() for out in (demo.out, tmp_path / 'out'))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    arguments = f'--init_from={var}', f'--tokenizer={demo.out}/tokenizer.pt', '--steps=1', '--lr=0', '--distill=False'
+    assert run('train_fvar', tmp_path / 'out', *arguments)[0] == 0
+    structure = load_tokenizers(demo.out / 'tokenizer.pt')[0]
+    trained, ours = (torch.load(out / 'student.pt', weights_only=True)['student'] for out in (tmp_path / 'out', demo.out))
+    assert all(torch.equal(ours[name], trained[name]) for name in ours)
+
+    shutil.rmtree(tmp_path / 'out')
+    fewer = shutil.copytree(demo.data, tmp_path / 'data')
+    for split in ('train', 'val'):
+        shutil.rmtree(fewer / split / CLASSES[0])
+    status, out, _ = run('train_fvar', tmp_path / 'out', *arguments, f'--tokens={tmp_path}/none', data=fewer)
+    assert status == 2                                      # no token files there
+    shutil.copy(demo.out / 'tokenizer.pt', tmp_path / 'tokenizer.pt')
+    status, out, err = run('train_fvar', tmp_path / 'out', arguments[0], f'--tokenizer={tmp_path}/tokenizer.pt', *arguments[2:], data=fewer)
+    assert status == 0 and 'knows 4 classes, the data has 3: their embeddings start anew' in out, err
+    student = load_student(tmp_path / 'out' / 'student.pt', structure)[0].state_dict()
+    assert torch.equal(student['class_embed.weight'][-1], ours['class_embed.weight'][-1])
+    assert all(torch.equal(ours[name], student[name]) for name in ours if name != 'class_embed.weight')
 
 
 # -----------------------------------------------------------------------------
@@ -309,8 +423,8 @@ BAD = {
     'no tokenizer': ('encode', '', missing('tokenizer.pt'), 'tokenizer.pt: no such checkpoint; train_tokenizer.py writes it'),
     'no student': ('sample', '', missing('student.pt'), 'student.pt: no such checkpoint; train_fvar.py writes it'),
     'nothing to resume': ('train_fvar', '--init_from=resume', missing('fvar_state.pt'), 'fvar_state.pt: no such checkpoint; train_fvar.py'),
-    'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None, 'elsewhere.pt: no such checkpoint; train_fvar.py'),
-    'unknown start': ('train_tokenizer', '--init_from=student.pt', None, '--init_from=student.pt: choose scratch or resume'),
+    'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None, '--init_from=elsewhere.pt: no such file; choose scratch, resume, a student.pt'),
+    'unknown start': ('train_tokenizer', '--init_from=student.pt', None, '--init_from=student.pt: no such file; choose scratch, resume or a published tokenizer'),
     'truncated tokenizer': ('train_fvar', '', truncated('tokenizer.pt'), 'tokenizer.pt: can not be read (truncated or not a checkpoint)'),
     'truncated student': ('sample', '', truncated('student.pt'), 'student.pt: can not be read (truncated or not a checkpoint)'),
     'student for tokenizer': ('encode', '', swapped('tokenizer.pt', 'student.pt'), 'tokenizer.pt holds student, not tokenizer'),
@@ -328,7 +442,26 @@ BAD = {
     'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
     'batch that does not divide': ('train_fvar', '--batch_size=7 --accumulate=2', None, 'batch_size=7 is not a multiple of'),
     'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere': no such folder; data is 'charts' or a folder with train/<class>/"),
-    'no such class': ('sample', '--classes=4', None, '--classes: 4 is no class; this student knows 0 to 3'),
+    'no such class': ('sample', '--classes=4', None, '--class and --classes: 4 is no class; this student knows 0 to 3'),
+    'photo without a mask': ('sample', '--edit=brick', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
+    'mask without a photo': ('sample', '--mask=1,1,9,9', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
+    'no such photo': ('sample', '--edit=nowhere.png --mask=1,1,9,9', None, "'nowhere.png': no such picture"),
+    'no such mask': ('sample', '--edit=brick --mask=nowhere.png', None, "'nowhere.png': no such picture"),
+    'mask of nothing': ('sample', '--edit=brick --mask=9,9,9,9', None, '--mask=9,9,9,9: nothing of the photo is to be drawn anew'),
+    'mask of everything': ('sample', '--edit=brick --mask=0,0,32,32', None, '--mask=0,0,32,32: all of the photo'),
+    'mask beyond the picture': ('sample', '--edit=brick --mask=0,0,33,32', None, '--mask=0,0,33,32: give LEFT,TOP,RIGHT,BOTTOM'),
+    'mask of another shape': ('sample', '--edit=brick --mask={out}/samples.png', None, 'draw the mask on the photo'),
+    'no margins': ('sample', '--edit=brick --outpaint=0,0,0,0', None, '--outpaint=0,0,0,0: of 32 pixels some must stay'),
+    'margins without a photo': ('sample', '--edit=brick --outpaint=16,0,16,0', None, '--outpaint=16,0,16,0: of 32 pixels some'),
+    'class for sampling': ('sample', '--class=1', None, '--class=NUMBER goes with --edit and --refocus'),
+    'no such class to paint': ('sample', '--edit=brick --mask=1,1,9,9 --class=4', None, '4 is no class'),
+    'refocusing without a radius': ('sample', '--refocus=brick', None, 'give --refocus=PHOTO and --radius=PIXELS'),
+    'blur beyond the first state': ('sample', '--refocus=brick --radius=5', None, '--radius=5: give the radius of the blur'),
+    'published transformer alone': ('sample', '--vae=vae.pth', None, '--vae=vae.pth: give the transformer that belongs to it'),
+    'maps of our own files': ('sample', '--patch_nums=1,2', None, '--patch_nums goes with --vae'),
+    'our student as published': ('sample', '--vae={out}/tokenizer.pt --init_from={out}/student.pt', None, 'is no published VAR'),
+    'start from a tokenizer': ('train_fvar', '--init_from={out}/tokenizer.pt', None, 'tokenizer.pt holds tokenizer, not student'),
+    'tokenizer from a student': ('train_tokenizer', '--init_from={out}/student.pt', None, 'is no published VAR tokenizer'),
     'no such kernel': ('train_tokenizer', '--kernel=dsik', None, "kernel='dsik': choose disk, gaussian or none"),
     'blur wider than the picture': ('train_tokenizer', '--max_radius=1000', None, 'max_radius'),
     'noise without an end': ('train_tokenizer', '--noise=0.1', None, 'noise=(0.1,)'),
@@ -337,7 +470,7 @@ BAD = {
     'no crops': ('encode', '--crops=0', None, '--crops=0'),
     'teacher that does not fit': ('train_fvar', '--teacher_blocks=3', None, 'teacher_blocks=3'),
     'file as folder': ('train_tokenizer', '--out_dir={out}/student.pt', None, 'student.pt: a file where a folder should be'),
-    'file as folder of samples': ('sample', '--student={out}/student.pt --out_dir={out}/results.json', None,
+    'file as folder of samples': ('sample', '--init_from={out}/student.pt --out_dir={out}/results.json', None,
                                   'results.json: a file where a folder should be'),
     'read-only folder': ('train_tokenizer', '--out_dir=/sys/fvar', None, 'no permission for /sys/fvar'),
 }
