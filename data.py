@@ -94,10 +94,10 @@ def checkerboard(rng, x, y):
 
 def halftone_dots(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.3)
-    cell, towards = rng.uniform(0.26, 0.32), rng.uniform(-math.pi, math.pi)
+    cell, towards = rng.uniform(0.28, 0.36), rng.uniform(-math.pi, math.pi)
     centre_u, centre_v = (np.floor(u / cell) + 0.5) * cell, (np.floor(v / cell) + 0.5) * cell
     tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
-    return cover(cell * (0.16 + 0.32 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
+    return cover(cell * (0.22 + 0.26 * tone) - np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2))
 
 
 def text(rng, x, y):

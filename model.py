@@ -583,7 +583,7 @@ def fill_official_tokenizer(tokenizer, vae_state_dict):
 def load_official_student(var_state_dict, patch_nums, num_heads=None):
     var = published_var(var_state_dict)
     length = sum(p * p for p in patch_nums)
-    if var['pos_1LC'].shape[1] != length or var['lvl_embed.weight'].shape[0] != len(patch_nums):
+    if (var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]) != (len(patch_nums), length) or var['pos_start'].shape[1] != patch_nums[0] ** 2:
         raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
                         f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
     depth, (width, code_width) = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape

@@ -7,6 +7,10 @@ draws three rows for any photo: the focused views L_k, the views D_k that plain 
 what the blur removed, A_k = D_k − L_k. Every column is one token map k with its blur radius ρ_k and its
 sampling step s_k, in pixels of the full-size image.
 
+    python pyramid.py photo.jpg --blur=3 --out=blurred.png
+
+writes the photo itself, 3 pixels out of focus (sample.py --refocus takes that back).
+
 Images are float tensors (B, C, S, S) in [−1, 1].
 """
 import math
@@ -20,6 +24,7 @@ from configurator import UserError, configure
 photo = ''                                      # the photo, or the name of an embedded chart (may stand without --photo=)
 out = 'pyramid.png'                             # where the drawing goes
 image_size = 256                                # the photo is cropped to a square and resized to this side
+blur = 0.0                                      # instead of the drawing: the photo under a blur of this radius, in pixels
 # pyramid
 patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each token map; view k is p_k·(image_size / p_K) pixels wide
 focus_schedule = 'matched'                      # matched | states | cosine: how the radius falls (see focus_radii)
@@ -204,10 +209,14 @@ def draw(images, patch_nums, radii, kernel, side=160):
 
 
 def main():
-    from pictures import load_photo, save_png
+    from pictures import load_photo, save_png, to_picture
 
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
+    if blur:
+        save_png(out, to_picture(defocus(load_photo(photo, image_size), blur, kernel)[0]))
+        print(f'wrote {out}: {photo}, {blur:g} pixels out of focus')
+        return
     radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
     save_png(out, draw(load_photo(photo, image_size), patch_nums, radii, kernel))
     print(f'wrote {out}: {len(patch_nums)} views of {photo}, radii ' + ' '.join(f'{r:.3g}' for r in radii))

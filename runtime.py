@@ -181,7 +181,7 @@ def adamw(module, lr, betas, weight_decay):
     decayed = [p for p in parameters if sum(n > 1 for n in p.shape) >= 2]
     others = [p for p in parameters if sum(n > 1 for n in p.shape) < 2]
     groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 class SafeStep:

@@ -351,8 +351,11 @@ class StructureTokenizer(nn.Module):
             return [self.features(view) for view in views]
         return [area(f, p) for f, p in zip(self.focused_features(images, radii, generator), self.patch_nums)]
 
-    def focused_features(self, images, radii, generator=None):
-        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once."""
+    def focused_features(self, images, radii, generator=None, learn=None):
+        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once.
+
+        learn: indices of the radii whose features carry gradients (default: all).
+        """
         distinct = [max(r, 0.5) for r in radii]             # ρ ≤ ½ is the identity
         noisy = generator is not None and self.pyramid == 'focus' and self.kernel != 'none'
         states = {}
@@ -361,8 +364,14 @@ class StructureTokenizer(nn.Module):
                 states[radius] = defocus(images, radius, self.kernel)
                 if noisy:
                     states[radius] = states[radius] + beta * noise_like(images, generator)
-        features = self.features(torch.cat(list(states.values()))).chunk(len(states))
-        of_radius = dict(zip(states, features))
+        learning = set(distinct) if learn is None else {distinct[k] for k in learn}
+        of_radius = {}
+        for some in (learning, states.keys() - learning):
+            some = [radius for radius in states if radius in some]
+            if some:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and some[0] in learning):
+                    features = self.features(torch.cat([states[radius] for radius in some]))
+                of_radius |= zip(some, features.chunk(len(some)))
         return [of_radius[radius] for radius in distinct]
 
     @torch.no_grad()
@@ -401,9 +410,12 @@ class StructureTokenizer(nn.Module):
     def forward(self, images, generator, state):
         """One training pass: (final image, focus state `state` of it, VQ loss, tokens, residuals).
 
-        state: index of the token map to decode besides the last, −1 for none (then the second result is None).
+        state: index of the token map to decode besides the last, −1 for none (then the second result is None). Of all
+        focus states only these two carry gradients to the encoder: half the work, and a fraction of the memory.
         """
-        full = None if self.focus_input == 'view' and self.pyramid == 'focus' else self.focused_features(images, self.radii, generator)
+        full = None
+        if self.focus_input == 'image' or self.pyramid == 'scale':
+            full = self.focused_features(images, self.radii, generator, learn={len(self.radii) - 1, max(state, 0)})
         targets = self.targets(images, generator) if full is None else [area(f, p) for f, p in zip(full, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 

@@ -174,6 +174,16 @@ def test_a_bare_argument_is_the_positional_setting(toy):
     assert toy('photo.jpg', '--steps=3', positional='name') == {'name': 'photo.jpg', 'steps': 3}
 
 
+def test_a_setting_may_be_called_like_a_word_of_python(capsys):
+    sample = vars(importlib.import_module('sample'))
+    assert parse(sample, ['--class=3']) == {'class_': 3}
+    with pytest.raises(UserError, match="--class takes int .default -1.; got str 'dog'"):
+        parse(sample, ['--class=dog'])
+    with pytest.raises(SystemExit):
+        parse(sample, ['--help'])
+    assert '  --class=-1 ' in capsys.readouterr().out
+
+
 def test_help_wins_over_everything_and_shows_the_defaults(toy, capsys):
     with pytest.raises(SystemExit) as stop:
         toy('--nonsense', '-h')

@@ -4,15 +4,19 @@ The fixture holds a tiny tokenizer and transformer of the published architecture
 published code makes of them. It has QK-norm and an AdaLN per block; the options it lacks are compared with
 reference_logits, a plain reading of the published state dict which is itself held against the fixture.
 """
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from configurator import UserError
-from model import VAR, filter_logits, load_official, to_official
+from configurator import HERE, UserError
+from model import VAR, filter_logits, load_official, published_patch_nums, to_official
+from pictures import picture_grid, save_png
 from tokenizer import MultiScaleQuantizer, StructureTokenizer
 
 FIXTURE = Path(__file__).resolve().parents[2] / 'shared' / 'fixtures' / 'official_var_tiny.pt'
@@ -473,3 +477,91 @@ def test_heads_that_do_not_fit_are_refused(exported):
     assert 'log_scale' in refused(vae, var, num_heads=4)
     bare = to_official(*pair(depth=5, width=12, num_heads=2, qk_norm=False))
     assert 'width=12 is not a multiple of num_heads=5' in refused(*bare)
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+class Mischief:
+    """Pickled into a file, it makes a folder when the file is opened by someone who runs what is in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def files(exported, tmp_path):
+    """vae.pth and var.pth as VAR publishes them, and ways to spoil them."""
+    for name, weights in zip(('vae.pth', 'var.pth'), exported):
+        torch.save(weights, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def sample(files, monkeypatch, capsys):
+    """sample.py on them, as a command line does: (exit status, stdout, stderr)."""
+    def sample(*arguments, vae='vae.pth', var='var.pth', patch_nums='1,2,3,5'):
+        monkeypatch.setattr(sys, 'argv', [
+            'sample.py', f'--vae={files}/{vae}', f'--init_from={files}/{var}', f'--patch_nums={patch_nums}', f'--out_dir={files}/out',
+            '--per_class=2', '--device=cpu', *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return sample
+
+
+def test_published_files_are_sampled_as_they_are(sample, files, exported):
+    status, _, err = sample('--classes=6,2', '--seed=3', '--smooth=True')
+    assert status == 0, err
+    tokenizer, student = load_official(*exported, (1, 2, 3, 5))
+    _, images = student.generate(tokenizer, torch.tensor([6, 6, 2, 2]), generator=torch.Generator().manual_seed(3), smooth=True)
+    save_png(files / 'expected.png', picture_grid(images, 2, ['6', '2']))
+    assert (files / 'out' / 'samples.png').read_bytes() == (files / 'expected.png').read_bytes()
+    assert (files / 'out' / 'focus.gif').is_file()
+
+
+@pytest.mark.parametrize('patch_nums', [(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), PATCH_NUMS_512])
+def test_the_maps_of_vars_own_sizes_need_not_be_given(patch_nums):
+    var = {'word_embed.weight': torch.empty(0), 'lvl_embed.weight': torch.empty(10, 4),
+           'pos_1LC': torch.empty(1, sum(p * p for p in patch_nums), 4)}
+    assert published_patch_nums(var) == patch_nums
+    with pytest.raises(UserError, match='as none of VAR\'s own: give --patch_nums'):
+        published_patch_nums(var | {'pos_1LC': torch.empty(1, 679, 4)})
+
+
+def spoil_pickle(files):
+    torch.save({'word_embed.weight': Mischief(files / 'mischief')}, files / 'var.pth')
+
+
+def spoil_vae_pickle(files):
+    torch.save(Mischief(files / 'mischief'), files / 'vae.pth')
+
+
+WRONG = {
+    'tokenizer for transformer': (None, dict(var='vae.pth'), 'this is no published VAR transformer'),
+    'transformer for tokenizer': (None, dict(vae='var.pth'), 'this is no published VAR tokenizer'),
+    'other maps': (None, dict(patch_nums='1,2,3,4'), 'give the patch_nums it was trained with'),
+    'maps that shrink': (None, dict(patch_nums='5,3,2,1'), 'give the patch_nums it was trained with'),
+    'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: no such file'),
+    'truncated': (lambda files: os.truncate(files / 'var.pth', 5000), {}, 'var.pth: can not be read (truncated or not a checkpoint)'),
+    'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth: can not be read (truncated or not a checkpoint)'),
+    'code in the transformer': (spoil_pickle, {}, 'var.pth: can not be read (it holds code, which is never run)'),
+    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth: can not be read (it holds code, which is never run)'),
+    'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is no published VAR transformer'),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_wrong_files_get_one_line_and_run_nothing(sample, files, case):
+    spoil, names, message = WRONG[case]
+    if spoil:
+        spoil(files)
+    status, out, err = sample(**names)
+    assert status == 2 and out == '' and err.startswith('error: ') and message in err and err.count('\n') == 1
+    assert not (files / 'out').exists() and not (files / 'mischief').exists()

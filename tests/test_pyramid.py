@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configurator import UserError
+from data import Charts, normalize, to_uint8
 from pyramid import (build_pyramid, decimate, defocus, defocus_decimate, disk_kernel, focus_radii, gaussian_kernel,
                      noise_levels, psf, view_sizes)
 
@@ -273,9 +274,9 @@ def test_an_image_that_does_not_fit_the_maps_is_refused():
 # -----------------------------------------------------------------------------
 # the drawing
 
-def draw(photo, out):
+def draw(photo, out, *arguments):
     program = Path(__file__).parents[1] / 'pyramid.py'
-    return subprocess.run([sys.executable, str(program), str(photo), f'--out={out}', '--image_size=32', '--patch_nums=1,2,4'],
+    return subprocess.run([sys.executable, str(program), str(photo), f'--out={out}', '--image_size=32', '--patch_nums=1,2,4', *arguments],
                           capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'utf-8'})
 
 
@@ -292,6 +293,15 @@ def test_a_photo_gives_a_drawing_of_three_rows(tmp_path):
     focused, downsampled, alias = (last_column[len(last_column) + 2 - 162 * i:][:160] for i in (3, 2, 1))
     assert np.array_equal(focused, downsampled) and focused.std() > 10          # the last view is in focus …
     assert np.abs(alias - 127.5).max() <= 1                 # … so that nothing was removed from it
+
+
+def test_a_photo_can_be_put_out_of_focus(tmp_path):
+    result = draw('brick', tmp_path / 'blurred.png', '--blur=3')
+    assert (result.returncode, result.stderr) == (0, '')
+    with Image.open(tmp_path / 'blurred.png') as picture:
+        blurred = np.asarray(picture).transpose(2, 0, 1)
+    sharp = normalize(Charts('val', 32, 10).images[[Charts.classes.index('brick')]])
+    assert np.array_equal(blurred, to_uint8(defocus(sharp, 3.0))[0].numpy())
 
 
 @pytest.mark.parametrize('kind, complaint', [('missing', 'no such picture'), ('corrupt', 'can not be read as a picture')])
