@@ -12,7 +12,8 @@ import model
 import runtime
 import train_fvar
 from configurator import UserError
-from model import FVAR, VAR, Teacher, block_causal_mask, build_student, distillation_loss, draw, filter_logits, load_student
+from model import (FVAR, VAR, Teacher, block_causal_attention, block_causal_mask, build_student, distillation_loss, draw,
+                   filter_logits, load_student)
 from tokenizer import StructureTokenizer, build_tokenizers
 
 PATCH_NUMS, LENGTHS, L = (1, 2, 3, 4), [1, 4, 9, 16], 30
@@ -345,7 +346,7 @@ def taught(student, teacher, batch):
     """What the teacher says about a batch: (logits, features)."""
     labels, inputs, _, alias = batch
     stream, (condition, shared) = student.hidden(labels, inputs)
-    return teacher(stream, condition, shared, student.mask, alias)
+    return teacher(stream, condition, shared, student.maps(sum(student.lengths)), alias)
 
 
 def parameter_count(module):
@@ -565,3 +566,23 @@ def test_a_missing_student_and_another_kind_of_file_are_named(trained):
         load_student(out / 'nothing.pt', structure)
     with pytest.raises(UserError, match='holds tokenizer, not student'):
         load_student(out / 'tokenizer.pt', structure)
+
+
+# -----------------------------------------------------------------------------
+# nothing is computed that a mask would remove, and nothing is lost by it
+
+@pytest.mark.parametrize('patch_nums', [(1, 2, 3, 5), (2, 3), (4,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
+def test_block_causal_attention_equals_attention_under_the_whole_mask(patch_nums):
+    """Values and gradients, for all maps and for the first ones alone."""
+    student = VAR(patch_nums, 16, 4, num_classes=3, depth=1, width=8, num_heads=2)
+    for some in range(1, len(patch_nums) + 1):
+        n = sum(student.lengths[:some])
+        q, k, v = torch.randn(3, 2, 2, n, 4, generator=torch.Generator().manual_seed(some)).requires_grad_().unbind(0)
+        maps = student.maps(n)
+        assert maps[0] == student.lengths[:some] and len(maps[1]) == sum(student.lengths[:max(0, some - 2)])
+        ours = block_causal_attention(q, k, v, maps, 0.7)
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=block_causal_mask(patch_nums[:some]), scale=0.7)
+        assert torch.allclose(ours, dense, atol=1e-5)
+        weight = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+        for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v), retain_graph=True) for x in (ours, dense))):
+            assert torch.allclose(a, b, atol=1e-5)

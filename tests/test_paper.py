@@ -314,7 +314,7 @@ def token_inputs(structure, tokens):
 def teach(teacher, student, batch):
     labels, inputs, _, alias = batch
     stream, (condition, shared) = student.hidden(labels, inputs)
-    return teacher(stream, condition, shared, student.mask, alias)
+    return teacher(stream, condition, shared, student.maps(sum(student.lengths)), alias)
 
 
 def with_other_alias(batch, k):
