@@ -108,9 +108,9 @@ class Block(nn.Module):
         six = self.ada_offset + shared if shared is not None else self.ada(condition).view(len(condition), 1, 6, -1)
         return six.unbind(2)
 
-    def forward(self, x, condition, shared=None, maps=None, cache=None, keep=(1, 1)):
-        """maps: block-causal attention over these (VAR.maps), else all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
+    def forward(self, x, six, maps=None, cache=None, keep=(1, 1)):
+        """six: from modulation(). maps: block-causal attention over these (VAR.maps), else all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six
         x = x + keep[0] * gamma1 * self.attention(modulate(x, scale1, shift1), maps, cache)
         return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
 
@@ -229,7 +229,7 @@ class VAR(nn.Module):
         stream, maps = [x], self.maps(x.shape[1])
         for i, block in enumerate(self.blocks):
             branches = (1, 1) if keep is None else keep[:, 2 * i:2 * i + 2, None, None].unbind(1)
-            stream.append(block(stream[-1], condition, shared, maps, keep=branches))
+            stream.append(block(stream[-1], block.modulation(condition, shared), maps, keep=branches))
         return stream, (condition, shared)
 
     def forward(self, labels, inputs, keep=None):
@@ -251,6 +251,8 @@ class VAR(nn.Module):
         top_k, top_p: filter in that order; top_k=0 and top_p=0 keep everything, top_k=1 is greedy.
         smooth: feed back Gumbel-softmax mixtures of codes instead of codes (VAR's "more smooth", prettier, not for FID).
         kv_cache=False recomputes all earlier maps at every step: the reference the cache is tested against.
+        generator: torch.Generator for the batch; or a list of CPU generators, one for each picture, which is then the same in
+        every batch.
         given: the first few token maps, (B, p_k²) or (1, p_k²) each, with −1 for the tokens to be drawn (editing, refocusing).
         """
         B, quantizer = len(labels), tokenizer.quantizer
@@ -258,6 +260,7 @@ class VAR(nn.Module):
         branches = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if cfg else labels
         embedding, condition, shared = self.condition(branches)
         caches = self.new_caches(embedding, len(branches)) if kv_cache else None
+        modulations = [block.modulation(condition, shared) for block in self.blocks] if kv_cache else None     # the same for every map
         given = [*given, *(labels.new_full((1, p * p), -1) for p in self.patch_nums[len(given):])]
 
         codes = quantizer.codebook.weight
@@ -267,8 +270,8 @@ class VAR(nn.Module):
             guided = inputs.repeat(2, 1, 1) if cfg else inputs
             if kv_cache:
                 x = (self.word_embed(guided) if k else embedding[:, None] + self.start) + self.position(first, first + p * p)
-                for block, cache in zip(self.blocks, caches):
-                    x = block(x, condition, shared, cache=cache)
+                for block, six, cache in zip(self.blocks, modulations, caches):
+                    x = block(x, six, cache=cache)
                 logits = self.logits(x, condition)
             else:
                 logits = self(branches, guided)[:, first:]
@@ -289,6 +292,8 @@ class VAR(nn.Module):
             if k + 1 < maps:
                 following = area(f_hat, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
                 inputs = following if kv_cache else torch.cat([inputs, following], 1)
+        if isinstance(generator, list) and not smooth:      # by themselves: in a batch their last bits depend on its size
+            return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)]).clamp(-1, 1)
         return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
 
     def new_caches(self, like, batch):
@@ -311,29 +316,44 @@ def block_causal_mask(patch_nums):
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (..., V) with −inf outside the top_k largest and then outside the smallest set of probability ≥ top_p."""
+    """logits (..., V) with −inf outside the top_k largest and then outside the smallest set of probability ≥ top_p.
+
+    Only the top_k largest are sorted; both filters then are one threshold, so that of equal logits all stay.
+    """
     V = logits.shape[-1]
-    if 0 < top_k < V:
-        smallest_kept = logits.topk(top_k, dim=-1).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if not (0 < top_k < V or 0 < top_p < 1):
+        return logits
+    largest = logits.topk(top_k if 0 < top_k < V else V, dim=-1).values
+    threshold = largest[..., -1:]
     if 0 < top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        tail = largest.flip(-1).softmax(-1).cumsum(-1) <= 1 - top_p
         tail[..., -1] = False                               # the most likely token always stays
-        logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-    return logits
+        threshold = largest.gather(-1, (~tail).sum(-1, keepdim=True) - 1)
+    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def draw(logits, generator=None):
-    """One token a position: (B, n, V) → (B, n)."""
+    """One token a position: (B, n, V) → (B, n). generator: one for the batch, or a list of one for each picture.
+
+    From a list every picture takes one number a token, which code it means being read off the cumulative distribution:
+    cheap for any V, and in float64, so that logits which differ in their last bits nearly always mean the same code.
+    """
     B, n, V = logits.shape
+    if isinstance(generator, list):
+        uniform = torch.stack([torch.rand(n, 1, generator=g, dtype=torch.float64) for g in generator]).to(logits.device)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
     return torch.multinomial(logits.softmax(-1).view(-1, V), 1, replacement=True, generator=generator).view(B, n)
 
 
 def smooth_codes(logits, progress, codes, generator=None):
     """Gumbel-softmax mixtures of codes (B, n, C), hardening as progress goes from 0 to 1; the constants are VAR's."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    if isinstance(generator, list):
+        exponential = torch.stack([torch.empty(logits.shape[1:]).exponential_(generator=g) for g in generator]).to(logits)
+    else:
+        exponential = torch.empty_like(logits).exponential_(generator=generator)
+    gumbel = -exponential.log()
     return ((logits * (1 + progress) + gumbel) / temperature).softmax(-1) @ codes
 
 

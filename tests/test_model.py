@@ -220,10 +220,15 @@ def test_filter_by_numbers():
 
 
 def test_the_most_likely_code_always_stays():
-    for logits in (torch.tensor([[0.0, 100.0, 0.0]]), torch.zeros(1, 9)):
+    for logits in (torch.tensor([[0.0, 100.0, 0.0]]), torch.arange(9.0)[None]):
         for top_p in (1e-9, 0.05):
             kept = filter_logits(logits, 0, top_p) > -torch.inf
             assert kept.sum() == 1 and logits[kept] == logits.max()
+
+
+@pytest.mark.parametrize('top_k, top_p', [(2, 0), (0, 0.3), (3, 0.5)])
+def test_equal_logits_stay_or_go_together(top_k, top_p):
+    assert (filter_logits(torch.tensor([3.0, 1.0, 3.0, 3.0, 0.0, 3.0]), top_k, top_p) > -torch.inf).tolist() == [True, False, True, True, False, True]
 
 
 def test_draw_follows_the_distribution():
