@@ -16,6 +16,7 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from runtime import digest, load_checkpoint, load_weights, read_weights
@@ -108,9 +109,9 @@ class Block(nn.Module):
         six = self.ada_offset + shared if shared is not None else self.ada(condition).view(len(condition), 1, 6, -1)
         return six.unbind(2)
 
-    def forward(self, x, six, maps=None, cache=None, keep=(1, 1)):
-        """six: from modulation(). maps: block-causal attention over these (VAR.maps), else all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six
+    def forward(self, x, condition, shared=None, maps=None, cache=None, keep=(1, 1), six=None):
+        """six: modulation(condition, shared), where it is known already. maps: block-causal attention over these (VAR.maps), else all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six or self.modulation(condition, shared)
         x = x + keep[0] * gamma1 * self.attention(modulate(x, scale1, shift1), maps, cache)
         return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
 
@@ -148,7 +149,7 @@ class VAR(nn.Module):
         if width % num_heads:
             raise UserError(f'width={width} is not a multiple of num_heads={num_heads}')
         self.patch_nums, self.num_classes, self.num_heads = tuple(patch_nums), num_classes, num_heads
-        self.drop_path = 0.1 * depth / 24 if drop_path < 0 else drop_path
+        self.drop_path, self.recompute = 0.1 * depth / 24 if drop_path < 0 else drop_path, False
         self.lengths = [p * p for p in patch_nums]
         self.word_embed = nn.Linear(code_width, width)
         self.class_embed = nn.Embedding(num_classes + 1, width)
@@ -222,6 +223,12 @@ class VAR(nn.Module):
         kept = torch.rand(batch, len(rates), generator=generator) >= rates
         return kept / (1 - rates)
 
+    def call(self, block, *args, **more):
+        """A block's output. With self.recompute only its input is kept for the backward pass, which computes the rest again."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **more)
+        return block(*args, **more)
+
     def hidden(self, labels, inputs, keep=None):
         """Residual stream before block 1 and after every block: [(B, n, D)] · (depth + 1), and the condition."""
         embedding, condition, shared = self.condition(labels)
@@ -229,7 +236,7 @@ class VAR(nn.Module):
         stream, maps = [x], self.maps(x.shape[1])
         for i, block in enumerate(self.blocks):
             branches = (1, 1) if keep is None else keep[:, 2 * i:2 * i + 2, None, None].unbind(1)
-            stream.append(block(stream[-1], block.modulation(condition, shared), maps, keep=branches))
+            stream.append(self.call(block, stream[-1], condition, shared, maps, keep=branches))
         return stream, (condition, shared)
 
     def forward(self, labels, inputs, keep=None):
@@ -271,7 +278,7 @@ class VAR(nn.Module):
             if kv_cache:
                 x = (self.word_embed(guided) if k else embedding[:, None] + self.start) + self.position(first, first + p * p)
                 for block, six, cache in zip(self.blocks, modulations, caches):
-                    x = block(x, six, cache=cache)
+                    x = block(x, condition, shared, cache=cache, six=six)
                 logits = self.logits(x, condition)
             else:
                 logits = self(branches, guided)[:, first:]
@@ -293,7 +300,7 @@ class VAR(nn.Module):
                 following = area(f_hat, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
                 inputs = following if kv_cache else torch.cat([inputs, following], 1)
         if isinstance(generator, list) and not smooth:      # by themselves: in a batch their last bits depend on its size
-            return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)]).clamp(-1, 1)
+            return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)])
         return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
 
     def new_caches(self, like, batch):
@@ -426,10 +433,11 @@ class Teacher(nn.Module):
             for i in range(shared_blocks, depth))
         self.head_ada, self.head = copy.deepcopy(student.head_ada), copy.deepcopy(student.head)
 
-        map_of = map_of_position(student.patch_nums)                            # from 0, as k is below
-        map_of_query = map_of[map_of >= maps - alias_scales]
-        map_of_alias = map_of[(map_of >= maps - alias_scales - 1) & (map_of < maps - 1)]    # k = K−M … K−1, from 1
-        self.first = sum(student.lengths[:-alias_scales])                       # first position that looks at alias
+        lengths = student.lengths
+        self.first = sum(lengths[:-alias_scales])                               # first position that looks at alias
+        map_of = map_of_position(student.patch_nums)
+        map_of_query = map_of[self.first:]
+        map_of_alias = map_of[sum(lengths[:-alias_scales - 1]):sum(lengths[:-1])]       # k = K−M … K−1, counted from 1
         self.register_buffer('map_of_alias', map_of_alias, persistent=False)
         self.register_buffer('alias_mask', map_of_query[:, None] >= map_of_alias[None, :], persistent=False)
         self.alias_embed = nn.Embedding(alias_vocab_size, width)
@@ -438,8 +446,8 @@ class Teacher(nn.Module):
         for weight in (self.alias_embed.weight, self.alias_pos, self.alias_scale.weight):
             nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * width)))
 
-    def forward(self, stream, condition, shared, maps, alias_tokens):
-        """stream, condition, shared: from student.hidden; maps: student.maps of all positions; alias_tokens (B, Σ_{k<K} p_k²) int64.
+    def forward(self, stream, condition, shared, maps, alias_tokens, call=lambda block, *args: block(*args)):
+        """stream, condition, shared: from student.hidden; maps: student.maps of all positions; call: student.call; alias_tokens (B, Σ_{k<K} p_k²) int64.
 
         Returns (logits (B, n, V), features [(B, n, D)] after each of the last teacher_blocks blocks), for the n
         positions of the last alias_scales maps. No gradient reaches the student.
@@ -450,7 +458,7 @@ class Teacher(nn.Module):
         alias = self.alias_embed(tokens) + self.alias_pos + self.alias_scale(self.map_of_alias)
         features = []
         for block in self.blocks:
-            x = block(x, condition, shared, maps, alias, self.alias_mask)
+            x = call(block, x, condition, shared, maps, alias, self.alias_mask)
             features.append(x[:, self.first:])
         scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
         return self.head(modulate(features[-1], scale, shift)).float(), features[-self.teacher_blocks:]
@@ -497,7 +505,8 @@ class FVAR(nn.Module):
         terms['total'] = terms['ce']
         if self.teacher is not None:
             first = self.teacher.first
-            teacher_logits, teacher_features = self.teacher(stream, condition, shared, student.maps(logits.shape[1]), alias_tokens)
+            teacher_logits, teacher_features = self.teacher(stream, condition, shared, student.maps(logits.shape[1]), alias_tokens,
+                                                            student.call)
             student_features = [x[:, first:] for x in stream[-len(teacher_features):]]
             terms['teacher_ce'] = F.cross_entropy(teacher_logits.flatten(0, 1), structure_tokens[:, first:].flatten())
             terms |= distillation_loss(logits[:, first:], teacher_logits, student_features, teacher_features)

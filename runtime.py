@@ -100,10 +100,57 @@ def mean_terms(terms):
 
 
 def parallel(module, device):
-    """A module whose gradients are averaged over ranks; the module itself when there is one rank."""
-    if not dist.is_initialized():
+    """A module whose gradients are averaged over ranks; the module itself when there is one rank or it is sharded."""
+    if not dist.is_initialized() or is_sharded(module):
         return module
     return DistributedDataParallel(module, [device] if device.type == 'cuda' else None, broadcast_buffers=False)
+
+
+def shard(module, parts, device):
+    """Shares the weights of a module out over the ranks (FSDP2), in place: every part is gathered only while it computes."""
+    from torch.distributed.fsdp import fully_shard
+    if not dist.is_initialized():
+        raise UserError('--fsdp shares weights out over several ranks: start with torchrun --nproc_per_node=N')
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
+    for part in (*parts, module):
+        fully_shard(part, mesh=mesh)
+
+
+def is_sharded(module):
+    return hasattr(module, 'set_requires_gradient_sync')
+
+
+@contextmanager
+def without_sync(module):
+    """Backward passes inside only add to this rank's gradients; the next one outside averages them over the ranks."""
+    if is_sharded(module):
+        module.set_requires_gradient_sync(False)
+        yield
+        module.set_requires_gradient_sync(True)
+    elif isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def training_state(module, optimizer):
+    """(state dict, optimizer's state dict), whole on every rank that asks; all ranks must ask."""
+    if not is_sharded(module):
+        return module.state_dict(), optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    return get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_training_state(module, optimizer, weights, optimizer_state, name):
+    """Takes up what training_state gave."""
+    if not is_sharded(module):
+        load_weights(module, weights, name)
+        optimizer.load_state_dict(optimizer_state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state,
+                   options=StateDictOptions(full_state_dict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -200,7 +247,8 @@ class SafeStep:
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        norm = getattr(norm, 'full_tensor', lambda: norm)().item()
         if norm == norm and norm != float('inf'):
             self.scaler.step(self.optimizer)
             self.in_a_row = 0

@@ -60,6 +60,9 @@ eval_pictures = 1000            # held-out pictures a validation
 save_every = 2000               # steps between checkpoints
 log_every = 20                  # steps between log lines
 # system
+compile = False                 # compile the blocks: a minute's wait, then faster steps
+recompute = False               # keep only the inputs of blocks and compute the rest again: a third more work, far less memory
+fsdp = False                    # share weights and optimizer out over the ranks instead of copying them (FSDP2)
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # everything random follows from it
@@ -67,7 +70,7 @@ config = configure(globals())
 
 # settings that a resumed run may change
 MAY_CHANGE = ('init_from', 'out_dir', 'tokenizer', 'tokens', 'data', 'workers', 'steps', 'accumulate', 'eval_every',
-              'eval_pictures', 'save_every', 'log_every', 'device')
+              'eval_pictures', 'save_every', 'log_every', 'compile', 'recompute', 'device')
 
 
 class TokenFiles:
@@ -191,6 +194,11 @@ def main():
     if distill:
         teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)
     network = FVAR(student, teacher, lambda_feat, lambda_logit).train()
+    student.recompute = recompute
+    if compile:
+        compile_blocks(network)
+    if fsdp:
+        runtime.shard(network, blocks_of(network), dev)
     optimizer = runtime.adamw(network, lr, betas, weight_decay)
     safe_step = runtime.SafeStep(optimizer, scaler, grad_clip)
 
@@ -198,10 +206,7 @@ def main():
     if init_from == 'resume':
         saved = runtime.load_checkpoint(state_file, 'fvar training', dev, made_by='train_fvar.py')
         runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
-        runtime.load_weights(student, saved['student'], state_file)
-        if distill:
-            runtime.load_weights(teacher, saved['teacher'], state_file)
-        optimizer.load_state_dict(saved['optimizer'])
+        runtime.load_training_state(network, optimizer, saved['network'], saved['optimizer'], state_file)
         scaler.load_state_dict(saved['scaler'])
         torch.set_rng_state(saved['random_state'].cpu())
         step = saved['step']
@@ -209,13 +214,14 @@ def main():
                 + f', {len(source.train)} pictures of {sum(student.lengths)} tokens, {len(source.classes)} classes')
 
     def save(figures):
+        weights, optimizer_state = runtime.training_state(network, optimizer)
         if runtime.rank() == 0:
             common = {'config': config, 'step': step, 'tokenizer': runtime.digest(structure.state_dict())}
             runtime.save_checkpoint(f'{out_dir}/student.pt', {
-                'kind': 'student', **common, 'classes': source.classes, 'figures': figures, 'student': student.state_dict()})
+                'kind': 'student', **common, 'classes': source.classes, 'figures': figures,
+                'student': {name.removeprefix('student.'): w for name, w in weights.items() if name.startswith('student.')}})
             runtime.save_checkpoint(state_file, {
-                'kind': 'fvar training', **common, 'student': student.state_dict(),
-                'teacher': teacher.state_dict() if distill else {}, 'optimizer': optimizer.state_dict(),
+                'kind': 'fvar training', **common, 'network': weights, 'optimizer': optimizer_state,
                 'scaler': scaler.state_dict(), 'random_state': torch.get_rng_state()})
         runtime.barrier()
 
@@ -234,7 +240,7 @@ def main():
         terms = {}                                          # averaged over the parts
         for i, part in enumerate(parts):
             last = i == accumulate - 1
-            with nullcontext() if last or trained is network else trained.no_sync():
+            with runtime.without_sync(trained) if not last else nullcontext():
                 with autocast():
                     found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
                 scaler.scale(found['total'] / accumulate).backward()
@@ -258,6 +264,16 @@ def main():
             save(figures)
     bar.close()
     runtime.say(f'wrote {out_dir}/student.pt')
+
+
+def blocks_of(network):
+    """The blocks of student and teacher: what is compiled, recomputed and shared out piece by piece."""
+    return [*network.student.blocks, *(network.teacher.blocks if network.teacher else ())]
+
+
+def compile_blocks(network):
+    for block in blocks_of(network):
+        block.compile()
 
 
 def count_parameters(module):

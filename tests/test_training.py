@@ -16,7 +16,8 @@ import train_fvar
 import train_tokenizer
 from configurator import HERE, UserError, read_config_file
 from data import Charts
-from tokenizer import StructureTokenizer
+from model import build_student
+from tokenizer import StructureTokenizer, load_tokenizers
 
 CHARTS_CONFIG = HERE / 'config' / 'charts.py'
 # the demo with smaller pictures, three token maps and networks of a few thousand weights
@@ -170,6 +171,60 @@ def test_two_passes_a_step_are_one(train, stage2, tmp_path):
     train(accumulate=2)
     for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
         assert_close(two, one, rel=1e-5, abs=1e-6)
+
+
+def test_recomputed_blocks_give_the_same_run(train, stage2, tmp_path):
+    train(recompute=True)
+    for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
+        assert_close(two, one, rel=1e-5, abs=1e-6)
+
+
+def test_recomputed_blocks_keep_less_for_the_backward_pass(stage1):
+    """Bytes that autograd saves of one picture: a fraction with recompute."""
+    structure, alias, _ = load_tokenizers(stage1 / 'tokenizer.pt')
+    student = build_student(settings_of(train_fvar, STAGE2), structure, 4)
+    network, tokens = model.FVAR(student, model.Teacher(student, 16, 1, 1)), torch.zeros(1, sum(student.lengths), dtype=torch.int64)
+    sizes = []
+    for student.recompute in (False, True):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+            network(torch.zeros(1, dtype=torch.int64), train_fvar.token_inputs(structure, tokens), tokens, tokens[:, :13])
+        weights = {p.data_ptr() for p in network.parameters()}
+        sizes.append(sum(size for pointer, size in kept.items() if pointer not in weights))
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_path):
+    """FSDP2 on two ranks, interrupted in between; the deployed file is whole."""
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=8, accumulate=2)
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'one'))
+    shared = settings | dict(fsdp=True, recompute=True, out_dir=str(tmp_path / 'two'))
+    run_on_two_ranks(train_fvar, **shared | dict(save_every=4))
+    for one, two in zip(log_of(tmp_path / 'one', 'fvar'), log_of(tmp_path / 'two', 'fvar')):
+        assert_close(one, two, rel=1e-3, abs=1e-6)
+    one, two = (state_of(tmp_path / out / 'student.pt', 'student') for out in ('one', 'two'))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+    whole, file = state_of(tmp_path / 'two' / 'fvar_state.pt'), tmp_path / 'two' / 'fvar_state.pt'
+    file.with_name('fvar_state.pt.previous').replace(file)  # as if it had stopped after four steps
+    assert state_of(file)['/step'] == 4
+    run_on_two_ranks(train_fvar, **shared | dict(init_from='resume'))
+    assert not differing(state_of(file), whole)
+
+
+def test_weights_are_shared_out_over_several_ranks_only(train):
+    with pytest.raises(UserError, match='--fsdp shares weights out over several ranks: start with torchrun'):
+        train(fsdp=True)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_compiled_blocks_give_the_same_run(train, tmp_path):
+    small = dict(steps=2, drop_path=0.0, depth=1, distill=False)    # compiling is slow
+    train(**small)
+    eager = log_of(tmp_path, 'fvar')
+    train(**small, compile=True)
+    for one, two in zip(eager, log_of(tmp_path, 'fvar')):
+        assert_close(one, two, rel=1e-3, abs=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -332,7 +387,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(train, tmp_pat
     monkeypatch.setattr(model.FVAR, 'forward', poisoned(model.FVAR.forward, 3, lambda terms: terms | {'total': terms['total'] * math.nan}))
     train(steps=4, save_every=1, eval_every=100)
     assert [record['skipped'] for record in log_of(tmp_path, 'fvar')[0]] == [0, 0, 0, 1]
-    parts = 'student', 'teacher', 'optimizer'
+    parts = 'network', 'optimizer'
     before, after = (state_of(tmp_path / f'fvar_state.pt{suffix}', *parts) for suffix in ('.previous', ''))
     assert all(name.endswith('/lr') for name in differing(before, after))
 
