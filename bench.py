@@ -131,7 +131,7 @@ class ConcatenatedCache:
 
 
 def filter_by_sorting(logits, top_k, top_p):
-    if top_k:
+    if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values.amin(-1, keepdim=True), -torch.inf)
     if top_p:
         ascending, order = logits.sort(dim=-1)

@@ -1,4 +1,4 @@
-"""Pictures and tokens: the embedded charts, folders of images, token files, and the order they come in.
+"""Pictures and tokens: the embedded charts, folders of images, token files, and the order they come in and are made in.
 
     train = open_dataset('charts', 'train', image_size=32)            # made here, nothing to download
     train = open_dataset('path/to/folder', 'train', image_size=256)   # train/<class>/*.jpg, val/<class>/*.jpg
@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+import runtime
 from configurator import UserError
 
 
@@ -441,6 +442,73 @@ def fetch(dataset, batches_of_keys, workers):
         yield from loader
     except UserError as error:                              # a worker's comes wrapped in its traceback
         raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+
+
+# -----------------------------------------------------------------------------
+# samples to be drawn
+
+def balanced_labels(num_classes, count, seed):
+    """VAR's protocol: labels (count,), every class equally often, shuffled by the seed. UserError where that can't be."""
+    each, rest = divmod(count, num_classes)
+    if rest or not each:
+        nearest = [str(n * num_classes) for n in (each, each + 1) if n]
+        raise UserError(f'{count} samples can not be equally many of each of {num_classes} classes: take {" or ".join(nearest)}')
+    return torch.arange(num_classes).repeat(each)[torch.randperm(count, generator=runtime.generator(seed, 7))]
+
+
+def sample_generators(seed, numbers):
+    """A generator for each of some samples, a function of (seed, its number) alone: any batch, any rank, the same picture."""
+    return [runtime.generator(seed, 9, number) for number in numbers]
+
+
+# -----------------------------------------------------------------------------
+# files that fill row by row, and go on after a kill
+
+def open_table(path, made_with, rows, columns, dtype, not_yet):
+    """A memory map (rows, columns) of one file for all ranks; the last number of a row is written last, till then it is not_yet.
+
+    path: a .partial file. What an interrupted run has left there stays if PATH.json says that it was made_with the same
+    settings (a dictionary of plain values, lists for tuples); otherwise it is begun anew, and rank 0 says so.
+    """
+    path, description = Path(path), Path(f'{path}.json')
+    if runtime.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = json.loads(description.read_text(encoding='utf-8')) if description.is_file() else None
+        if begun and begun != made_with:
+            other = [name for name in begun | made_with if begun.get(name) != made_with.get(name)]
+            runtime.say(f'{path} was begun with other settings ({", ".join(other)}): it is begun anew')
+        if begun != made_with or not path.is_file() or path.stat().st_size != rows * columns * np.dtype(dtype).itemsize:
+            description.unlink(missing_ok=True)
+            reserve(path, rows, columns, dtype, not_yet)
+            runtime.write_json(description, made_with)
+    runtime.barrier()
+    return np.memmap(path, dtype, 'r+', shape=(rows, columns))
+
+
+def reserve(path, rows, columns, dtype, not_yet):
+    """A file of rows · columns numbers with not_yet at the end of every row; its space is claimed now, so that a full disk
+    shows here as an error and not later as a crash inside a memory map."""
+    with open(path, 'wb') as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, rows * columns * np.dtype(dtype).itemsize)
+        except OSError:
+            path.unlink()
+            raise
+    np.memmap(path, dtype, 'r+', shape=(rows, columns))[:, -1] = not_yet
+
+
+def undone_batches(table, batch_size, not_yet):
+    """This rank's share of the batches (ranges of rows) that are not done. A batch is the same rows on any number of ranks."""
+    batches = [range(first, min(first + batch_size, len(table))) for first in range(0, len(table), batch_size)]
+    undone = [batch for batch in batches if (table[batch.start:batch.stop, -1] == not_yet).any()]
+    runtime.barrier()                                       # all ranks must have looked before one writes
+    return undone[runtime.rank()::runtime.world_size()]
+
+
+def close_table(path):
+    """Removes what open_table made, once its contents are elsewhere."""
+    Path(f'{path}.json').unlink(missing_ok=True)
+    Path(path).unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------

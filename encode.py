@@ -7,7 +7,6 @@ Reads out_dir/tokenizer.pt; writes out_dir/tokens/{train,val}.bin and .json. A r
 one image: structure tokens r_1 … r_K, alias tokens a_1 … a_{K−1}, label. An interrupted run goes on where it stopped
 when the same command is given again.
 """
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 import runtime
 from configurator import UserError, configure
-from data import fetch, normalize, open_dataset
+from data import close_table, fetch, normalize, open_dataset, open_table, undone_batches
 from tokenizer import load_tokenizers
 
 # input and output
@@ -47,19 +46,6 @@ class Rows(torch.utils.data.Dataset):
         return image, UNREADABLE if index in self.dataset.skipped else label
 
 
-def reserve(path, rows, columns):
-    """A file of rows · columns uint16 with every label NOT_YET; its space is claimed now, so that a full disk
-    shows here as an error and not later as a crash inside a memory map."""
-    size = rows * columns * 2
-    with open(path, 'wb') as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError:
-            path.unlink()
-            raise
-    np.memmap(path, np.uint16, 'r+', shape=(rows, columns))[:, -1] = NOT_YET
-
-
 def compact(path, table):
     """Drops the rows of unreadable images, if any; returns how many rows are left."""
     good = np.flatnonzero(table[:, -1] != UNREADABLE)
@@ -84,22 +70,12 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')
 
-    final, folder = Path(out_dir, 'tokens', f'{split}.bin'), Path(out_dir, 'tokens')
-    partial, partial_meta = final.with_suffix('.partial'), folder / f'{split}.partial.json'
-    if runtime.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        begun = json.loads(partial_meta.read_text()) if partial_meta.is_file() else None
-        if begun != meta or not partial.is_file():
-            partial_meta.unlink(missing_ok=True)
-            reserve(partial, rows, columns)
-            runtime.write_json(partial_meta, meta)
-    runtime.barrier()
-    table = np.memmap(partial, np.uint16, 'r+', shape=(rows, columns))
-
-    batches = [range(first, min(first + batch_size, rows)) for first in range(0, rows, batch_size)][runtime.rank()::runtime.world_size()]
-    undone = [batch for batch in batches if (table[batch.start:batch.stop, -1] == NOT_YET).any()]
+    final = Path(out_dir, 'tokens', f'{split}.bin')
+    partial = final.with_suffix('.partial')
+    table = open_table(partial, meta, rows, columns, np.uint16, NOT_YET)
+    undone = undone_batches(table, batch_size, NOT_YET)
     supply = fetch(Rows(dataset, random_crops=split == 'train'), undone, workers)
-    bar = runtime.progress(len(batches), len(batches) - len(undone), f'encode {split}', scale=batch_size * runtime.world_size())
+    bar = runtime.progress(len(undone), label=f'encode {split}', scale=batch_size * runtime.world_size())
     for batch, (images, labels) in zip(undone, supply):
         images = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
         noise = runtime.generator(seed, split == 'train', batch.start)
@@ -118,7 +94,7 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         final.with_suffix('.json').unlink(missing_ok=True)   # the old pair goes before the new one comes
         os.replace(partial, final)
         runtime.write_json(final.with_suffix('.json'), meta | {'rows': kept})
-        partial_meta.unlink()
+        close_table(partial)
         runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
     runtime.barrier()
 

@@ -3,7 +3,8 @@
     python evaluate.py                                          # everything about out/, sampling as it goes
     python evaluate.py --out_dir=out-d16 --per_class=50 --dtype=auto
     python evaluate.py --parts=tokenizer                        # before there is a student
-    python evaluate.py --samples=samples.npz                    # pictures made elsewhere: .npz (arr_0), or a folder of PNGs
+    python evaluate.py --samples=samples.npz                    # of sample.py or made elsewhere: .npz (arr_0), or a folder of PNGs
+    python evaluate.py --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --distance=fid
     python evaluate.py --parts=tokenizer,samples --data=data/imagenet --vae=vae_ch160v4096z32.pth --init_from=var_d16.pth
     python evaluate.py --parts=refocus
 
@@ -16,13 +17,20 @@ refocus    (only when asked for) held-out images under a disk of known radius: w
            unsharp masking and Wiener deconvolution; PSNR, SSIM and edge sharpness. Goes to out_dir/refocus.json.
 
 Every distance stands beside that of reconstructions (what the tokenizer alone costs) and of real images that are not
-in the reference (the floor: what as many perfect samples would get). Prints tables; writes out_dir/results.json.
+in the reference (the floor: what as many perfect samples would get). The reference is a split of the data, a folder, an
+.npz of images, or one with mu and sigma, the published statistics of Inception's features over a whole training set: FID
+is then measured to these, precision and recall to the images beside them, if there are any.
+Samples are looked at first; a warning says what a flaw does to the figures. Prints tables; writes out_dir/results.json,
+which holds all settings, versions and fingerprints (of weights, samples, reference) needed to get the figures again.
 """
 import hashlib
+import json
 import math
 import os
+import platform
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +40,8 @@ import torch.nn.functional as F
 
 import runtime
 from configurator import UserError, configure
-from data import TokenDataset, fetch, normalize, open_dataset, pictures_below, read_picture, to_uint8
+from data import (TokenDataset, balanced_labels, fetch, normalize, open_dataset, pictures_below, read_picture, sample_generators,
+                  to_uint8)
 from editing import consistent, refocus, unsharp, wiener
 from model import load_deployed
 from pictures import psnr
@@ -49,7 +58,7 @@ patch_nums = ()                 # token maps of published files (default: VAR's 
 tokens = ''                     # folder of encode.py's token files (default: tokens beside tokenizer.pt)
 # real images
 data = ''                       # images (default: what the tokenizer was trained on)
-reference = 'train'             # split that distances are measured to; the other one gives the floor
+reference = 'train'             # what distances are measured to: train | val | folder | .npz of images or of statistics
 real_images = 12_000            # images of a split at most, all classes alike; 0 is all (they are kept in memory)
 workers = 0                     # processes that decode images of a folder
 # generated images; the defaults are VAR's
@@ -142,28 +151,35 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap).clamp(min=0).item()
 
 
-def torch_fidelity_metrics(generated, real, weights_path, device='cpu', batch_size=50, cache='', names=(None, None)):
+def torch_fidelity_metrics(generated, real, weights_path, device='cpu', batch_size=50, cache='', names=(None, None), moments=None):
     """FID, Inception score, precision and recall (k = 3) of generated against real images, by torch-fidelity.
 
     generated, real: uint8 (N, 3, H, W), N ≥ 10 each (IS takes ten parts). weights_path: Inception's weights on disk.
     cache, names: a folder, and names of the two sets in it, so that a set compared twice is looked at once.
-    UserError for smaller sets.
+    moments: published (mu, sigma) of real features: FID is then measured to them, and real may be None: no precision
+    and recall. UserError for smaller sets.
     """
-    if min(len(generated), len(real)) < 10:
-        raise UserError(f'{len(generated)} and {len(real)} images: FID, IS, precision and recall need at least 10 on both sides')
+    sizes = [len(images) for images in (generated, real) if images is not None]
+    if min(sizes) < 10:
+        raise UserError(f'{" and ".join(map(str, sizes))} images: FID, IS, precision and recall need at least 10 on both sides')
     from torch_fidelity import calculate_metrics
+    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 
     class Pictures(torch.utils.data.TensorDataset):         # items must be tensors, not tuples of one
         def __getitem__(self, index):
             return self.tensors[0][index]
 
-    found = calculate_metrics(
-        input1=Pictures(generated), input2=Pictures(real), isc=True, fid=True, prc=True,
-        feature_extractor='inception-v3-compat', feature_extractor_weights_path=str(weights_path),
-        input1_cache_name=names[0], input2_cache_name=names[1], cache=bool(cache), cache_root=str(cache) or None,
-        cuda=torch.device(device).type == 'cuda', batch_size=batch_size, save_cpu_ram=True, verbose=False)
-    return {'fid': found['frechet_inception_distance'], 'isc': found['inception_score_mean'],
-            'precision': found['precision'], 'recall': found['recall']}
+    options = dict(
+        input1=Pictures(generated), input2=None if real is None else Pictures(real), feature_extractor='inception-v3-compat',
+        feature_extractor_weights_path=str(weights_path), input1_cache_name=names[0], input2_cache_name=names[1],
+        cache=bool(cache), cache_root=str(cache) or None, cuda=torch.device(device).type == 'cuda', batch_size=batch_size,
+        save_cpu_ram=True, verbose=False)
+    if moments:                                             # both layers at once, for IS then finds its own in the cache
+        extractor = create_feature_extractor('inception-v3-compat', ['2048', 'logits_unbiased'], **options)
+        features = extract_featuresdict_from_input_id_cached(1, extractor, **options)['2048']
+    found = calculate_metrics(isc=True, fid=moments is None, prc=real is not None, **options)
+    return {'fid': frechet_distance(*statistics(features), *moments) if moments else found['frechet_inception_distance'],
+            'isc': found['inception_score_mean'], 'precision': found.get('precision'), 'recall': found.get('recall')}
 
 
 def find_inception():
@@ -298,21 +314,21 @@ def load_images(dataset, count):
 
 @torch.no_grad()
 def generate(student, structure, autocast):
-    """(images, labels): per_class samples of every class, shuffled, the same for the same seed and batch size."""
-    labels = torch.arange(student.num_classes).repeat(per_class)
-    labels = labels[torch.randperm(len(labels), generator=runtime.generator(seed, 7))]
-    dev = student.head.weight.device
-    generator, images = torch.Generator(dev).manual_seed(seed), []
+    """(images, labels): per_class samples of every class, those that sample.py --num_samples writes with the same seed."""
+    labels = balanced_labels(student.num_classes, per_class * student.num_classes, seed)
+    dev, images = student.head.weight.device, []
     with runtime.progress(len(labels), label='sample') as bar:
-        for part in labels.split(batch_size):
+        for numbers in torch.arange(len(labels)).split(batch_size):
+            generators = sample_generators(seed, numbers)
             with autocast():
-                images.append(to_uint8(student.generate(structure, part.to(dev), cfg, top_k, top_p, generator)[1]).cpu())
-            bar.update(len(part))
+                _, drawn = student.generate(structure, labels[numbers].to(dev), cfg, top_k, top_p, generators)
+            images.append(to_uint8(drawn).cpu())
+            bar.update(len(numbers))
     return torch.cat(images), labels
 
 
 def read_samples(path, image_size, classes):
-    """(images, labels or None) from a folder of pictures or an .npz; see read_folder and read_npz."""
+    """(images, labels or None) from a folder of pictures or an .npz; see read_folder and read_npz. Real ones are read alike."""
     if os.path.isdir(path):
         return read_folder(path, image_size, classes)
     if os.path.isfile(path):
@@ -320,17 +336,36 @@ def read_samples(path, image_size, classes):
     raise UserError(f'--samples={path}: no such folder or file')
 
 
-def read_folder(path, image_size, classes):
+def read_reference(path, image_size):
+    """(images or None, moments or None) from a folder of pictures or an .npz: what distances are measured to.
+
+    moments: (mu (2048,), sigma (2048, 2048)) of Inception's features, in an .npz that holds them. Those that are published
+    for guided-diffusion's evaluator hold 10,000 images (arr_0) as well. UserError for statistics of other features.
+    """
+    arrays = load_arrays(path, ('mu', 'sigma')) if os.path.isfile(path) else {}
+    if not arrays:
+        return read_folder(path, image_size)[0] if os.path.isdir(path) else read_npz(path, image_size)[0], None
+    mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or {mu.dtype.kind, sigma.dtype.kind} != {'f'}:
+        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception\'s pool3 features, '
+                        f'they are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, atol=1e-4)):
+        raise UserError(f'{path}: mu and sigma are damaged: not finite, or not symmetric')
+    images = read_npz(path, image_size)[0] if load_arrays(path, ('arr_0',)) else None
+    return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def read_folder(path, image_size, classes=()):
     """Pictures at any depth, shuffled; labels where all lie in folders named like classes. UserError naming a bad file."""
     files = pictures_below(path)
     if not files:
-        raise UserError(f'--samples={path}: no pictures in this folder')
+        raise UserError(f'{path}: no pictures in this folder')
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     for i, file in enumerate(files):
         try:
             picture = read_picture(file, image_size)
         except Exception as error:                          # Pillow raises nearly anything on a broken file
-            raise UserError(f'{file!a} can not be read ({type(error).__name__}: {error}): remove it or sample it again') from None
+            raise UserError(f'{file!a} can not be read ({type(error).__name__}: {error}): remove it or make it again') from None
         check_size(file, picture.size, image_size)
         images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
@@ -340,18 +375,27 @@ def read_folder(path, image_size, classes):
     return images[order], None if labels is None else labels[order]
 
 
-def read_npz(path, image_size, num_classes):
-    """arr_0 (N, S, S, 3) uint8, and labels from arr_1 (N,) if it is there: what guided-diffusion's evaluator reads."""
+def load_arrays(path, names):
+    """{name: array} of those that an .npz has; UserError if it can not be read. Never runs code from the file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ('arr_0', 'arr_1') if name in file.files}
+            return {name: file[name] for name in names if name in file.files}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
         raise UserError(f'{path} can not be read: damaged, or not an .npz of plain arrays') from None
+
+
+def read_npz(path, image_size, num_classes=0):
+    """arr_0 (N, S, S, 3) uint8, and labels from arr_1 (N,) if it is there: what guided-diffusion's evaluator reads.
+
+    num_classes: 0 leaves the labels alone, those of a reference say nothing here.
+    """
+    arrays = load_arrays(path, ('arr_0', 'arr_1') if num_classes else ('arr_0',))
     if 'arr_0' not in arrays:
         raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
     images, labels = arrays['arr_0'], arrays.get('arr_1')
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), it is {images.dtype} {images.shape}')
+        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), it is {images.dtype} {images.shape}; figures are of '
+                        f'rounded values from 0 to 255')
     check_size(path, images.shape[2:0:-1], image_size)
     if labels is not None:
         if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < num_classes:
@@ -362,14 +406,43 @@ def read_npz(path, image_size, num_classes):
 
 def check_size(name, size, image_size):
     if tuple(size) != (image_size, image_size):
-        raise UserError(f'{name}: samples are {size[0]} × {size[1]} px, the real images {image_size} × {image_size}: '
+        raise UserError(f'{name}: these are {size[0]} × {size[1]} px, the tokenizer\'s images {image_size} × {image_size}: '
                         f'a distance between them would measure the resizing')
 
 
-def check_samples(images, labels, num_features, num_classes):
+def fingerprints(images):
+    """16 bytes for every image: equal ones have equal bytes."""
+    return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in images]
+
+
+def fingerprint(of_images):
+    """One for a whole set of images in their order, from the fingerprints of each; hexadecimal."""
+    return hashlib.blake2b(b''.join(of_images), digest_size=8).hexdigest()
+
+
+def check_reference(count, num_features):
+    """Warnings, a line each, about a reference of so many images."""
+    if count <= num_features:
+        return [f'{count} reference images for {num_features} features: their covariance is singular and every distance too high; '
+                f'compare only with runs that have the same reference']
+    if num_features == 2048 and count < 50_000:
+        return [f'{count} reference images (--real_images, --reference): published FIDs compare with whole training sets or their '
+                f'statistics; fewer raise it']
+    return []
+
+
+def check_files(path):
+    """Warnings, a line each, about how samples were saved."""
+    files = pictures_below(path) if os.path.isdir(path) else []
+    lossy = sum(file.lower().endswith(('.jpg', '.jpeg')) for file in files)
+    return [f'{lossy} of {len(files)} samples are JPEG: FID counts what compression did to them as an error; save PNG'] if lossy else []
+
+
+def check_samples(images, labels, num_features, num_classes, known=()):
     """Warnings, a line each, about samples that make the figures say something else than they seem to.
 
-    images uint8 (N, 3, S, S); labels (N,) or None; num_features of the network behind the distance. UserError for N < 10.
+    images uint8 (N, 3, S, S); labels (N,) or None; num_features of the network behind the distance; known: fingerprints of
+    the reference's images. UserError for N < 10.
     """
     count, warnings = len(images), []
     if count < 10:
@@ -379,9 +452,19 @@ def check_samples(images, labels, num_features, num_classes):
                         f'high; compare it only with the floor and with runs of as many samples')
     if num_features == 2048 and num_features < count < 50_000:
         warnings.append(f'{count} samples: published FIDs use 50,000; fewer raise it')
-    flat = int((images.amax((2, 3)) == images.amin((2, 3))).all(1).sum())
-    if flat:
-        warnings.append(f'{flat} of {count} samples are one flat colour: failed samples raise every distance')
+    flat = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
+    if flat.any():
+        warnings.append(f'{int(flat.sum())} of {count} samples are one flat colour: failed samples raise every distance')
+    if images.max() <= 1:
+        warnings.append('samples hold nothing above 1 of 255: were they made uint8 before they were scaled? The figures are of black '
+                        'pictures')
+    found = fingerprints(images[~flat])
+    copies, known = len(found) - len(set(found)), set(known)
+    if copies:
+        warnings.append(f'{copies} of {count} samples repeat another one: the figures are of {count - copies} samples, and fewer '
+                        f'raise FID and lower recall; was a seed used twice?')
+    if stolen := sum(one in known for one in found):
+        warnings.append(f'{stolen} of {count} samples are images of the reference itself: the distance is too low, it rewards copying')
     if labels is None:
         return warnings + ['samples carry no class (class folders, or arr_1): no `recognised`, and nobody checks that '
                            'classes are as frequent as in the real images']
@@ -476,17 +559,20 @@ PAIRS = [('generated', 'reference'), ('reconstructed', 'reference'), ('reconstru
 TITLES = {'fid': 'FID', 'isc': 'IS', 'precision': 'precision', 'recall': 'recall', 'fd_cnn': 'FD-cnn', 'recognised': 'recognised'}
 
 
-def compare(sets, weights_path, cnn, dev):
+def compare(sets, weights_path, cnn, dev, moments=None):
     """A row of figures for each of PAIRS that is there. sets: {name: (images, labels or None)}.
 
-    With weights_path by torch-fidelity, else by the CNN.
+    With weights_path by torch-fidelity, else by the CNN. moments: published statistics of the reference, which may then
+    have no images (None).
     """
     pairs = [(a, b) for a, b in PAIRS if a in sets]
-    rows = [{'set': a, 'against': b, 'images': len(sets[a][0]), 'against_images': len(sets[b][0])} for a, b in pairs]
+    rows = [{'set': a, 'against': b, 'images': len(sets[a][0]), 'against_images': None if sets[b][0] is None else len(sets[b][0])}
+            for a, b in pairs]
     if weights_path:
         with tempfile.TemporaryDirectory() as cache:
             for row, (a, b) in zip(rows, pairs):
-                row |= torch_fidelity_metrics(sets[a][0], sets[b][0], weights_path, dev, batch_size, cache, (a, b))
+                row |= torch_fidelity_metrics(sets[a][0], sets[b][0], weights_path, dev, batch_size, cache, (a, b),
+                                              moments if b == 'reference' else None)
         return rows
     seen = {name: look(cnn, images) for name, (images, _) in sets.items()}
     moments = {name: statistics(features) for name, (features, _) in seen.items()}
@@ -517,8 +603,11 @@ def choose_parts():
             raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples, or refocus')
     if min(per_class, refocus_images, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
         raise UserError('--per_class, --refocus_images, --batch_size, --cnn_steps and --cnn_batch must be at least 1, --real_images at least 0')
-    if reference not in ('train', 'val') or distance not in ('auto', 'fid', 'cnn'):
-        raise UserError(f'--reference={reference} --distance={distance}: choose train or val; auto, fid or cnn')
+    if distance not in ('auto', 'fid', 'cnn'):
+        raise UserError(f'--distance={distance}: choose auto, fid or cnn')
+    if reference not in ('train', 'val') and not os.path.exists(reference):
+        raise UserError(f'--reference={reference}: no such file; choose train, val, a folder of images, or an .npz of images or of '
+                        f'statistics (mu, sigma)')
     if runtime.world_size() > 1:
         raise UserError('evaluate.py is one process: start it with python, not with torchrun')
     if 'refocus' in chosen and len(chosen) > 1:
@@ -526,14 +615,39 @@ def choose_parts():
     return chosen
 
 
-def choose_distance():
-    """Path of the Inception weights, or '' where the CNN is to be used; says why."""
+def choose_distance(only_statistics=False):
+    """Path of the Inception weights, or '' where the CNN is to be used; says why.
+
+    only_statistics: of Inception's features is what the reference is; UserError where the CNN would be used then.
+    """
     path, missing = ('', '') if distance == 'cnn' else find_inception()
     if missing and distance == 'fid':
         raise UserError(missing)
+    if not path and only_statistics:
+        raise UserError(f'--reference={reference} holds statistics of Inception features, which FD-cnn can not be measured to: '
+                        f'give images; or for FID, {missing or "leave --distance=cnn out"}')
     if missing:
         runtime.say(f'no FID: {missing}. Using FD-cnn, which compares runs on the same data and is not FID.')
     return path
+
+
+def versions():
+    """Of what figures depend on; None where it is not installed."""
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+    return {'python': platform.python_version()} | {name: version(name) for name in ('torch', 'torch-fidelity', 'numpy', 'pillow')}
+
+
+def made_with(path):
+    """What sample.py says about how an .npz was made; None for one from elsewhere."""
+    said = load_arrays(path, ('made_with',)).get('made_with') if os.path.isfile(path) else None
+    try:
+        return None if said is None else json.loads(str(said))
+    except ValueError:
+        return None
 
 
 def check_classes(known, found, where):
@@ -564,10 +678,11 @@ def main():
     else:
         structure = load_tokenizers(tokenizer_file, dev)[0]
     data_name = data or stage1['config']['data']
-    results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'torch': torch.__version__,
+    results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'versions': versions(),
+               'device': torch.cuda.get_device_name(dev) if dev.type == 'cuda' else dev.type,
                'tokenizer_step': stage1['step'], 'tokenizer_digest': runtime.digest(structure.state_dict()), 'warnings': []}
     if student:
-        results['student_step'] = stage2['step']
+        results |= {'student_step': stage2['step'], 'student_digest': runtime.digest(student.state_dict())}
 
     if 'student' in chosen:
         folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
@@ -597,20 +712,32 @@ def evaluate_pictures(chosen, structure, student, real, data_name, classes, auto
         runtime.say(f'warning: {line}')
         results['warnings'].append(line)
 
-    sets, count = {'reference': real[reference]}, 0
+    sets, count, moments = {'reference': real.get(reference)}, 0, None
+    if reference not in real:
+        images, moments = read_reference(reference, structure.image_size)
+        sets['reference'] = images, None
+    against = sets['reference'][0]
+    weights_path, cnn = choose_distance(only_statistics=against is None), None
+    known = [] if against is None else fingerprints(against)
+    results['reference'] = {'name': reference, 'images': len(known), 'fingerprint': fingerprint(known),
+                            'statistics_digest': runtime.digest(dict(zip(('mu', 'sigma'), moments))) if moments else None}
+
     if 'samples' in chosen:
         generated = read_samples(samples, structure.image_size, classes) if samples else generate(student, structure, autocast)
         sets['generated'], count = generated, len(generated[0])
+        results['samples'] = {'images': count, 'fingerprint': fingerprint(fingerprints(generated[0])), 'made_with': made_with(samples)}
 
-    weights_path, cnn = choose_distance(), None
     if not weights_path:
         cnn, accuracy = load_or_train_cnn(real['train'], real['val'], data_name, classes, dev)
         results['cnn'] = {'accuracy': accuracy, 'digest': runtime.digest(cnn.state_dict())}
         runtime.say(f'CNN for FD-cnn: recognises {100 * accuracy:.1f} % of {len(real["val"][0])} held-out images')
 
+    num_features = 2048 if weights_path else cnn.head.in_features
     if 'samples' in chosen:
-        for line in check_samples(*generated, 2048 if weights_path else cnn.head.in_features, len(classes)):
+        for line in check_samples(*generated, num_features, len(classes), known) + check_files(samples):
             warn(line)
+    for line in [] if moments and weights_path else check_reference(len(known), num_features):
+        warn(line)
 
     # fewer images have a larger distance by chance alone, so every row gets as many as there are samples
     images, labels = real['val']
@@ -621,12 +748,12 @@ def evaluate_pictures(chosen, structure, student, real, data_name, classes, auto
         some = spread(labels, count)
         sets |= {'reconstructed': (decoded[some], labels[some]), 'originals': (images[some], labels[some])}
     count = count or len(images)
-    images, labels = real['val' if reference == 'train' else 'train']
+    images, labels = real['train' if reference == 'val' else 'val']
     some = spread(labels, count)
     sets['real'] = images[some], labels[some]
     if len(some) < count:
         warn(f'only {len(some)} real images beside {count} samples: the floor is higher than the samples\' own would be')
-    results['distances'] = compare(sets, weights_path, cnn, dev)
+    results['distances'] = compare(sets, weights_path, cnn, dev, moments)
     print_rows(results['distances'])
 
 

@@ -6,19 +6,29 @@
     python sample.py --edit=PHOTO --mask=8,8,24,24 --class=3    # class-conditional editing, in a box
     python sample.py --edit=PHOTO --outpaint=0,0,16,0           # outpainting, 16 pixels to the right
     python sample.py --refocus=PHOTO --radius=3                 # a photo 3 pixels out of focus
+    torchrun --nproc_per_node=8 sample.py --num_samples=50000 --out=samples.npz                # for evaluate.py
     python sample.py --vae=vae_ch160v4096z32.pth --init_from=var_d16.pth --classes=207,980     # VAR's published files
     python sample.py --export=DIR                               # ours, under the published names
 
 Only tokenizer.pt and student.pt are read: the teacher is not needed, nor are the images it was trained on. Writes to
 out_dir: samples.png and focus.gif; or edit.png, outpaint.png or refocus.png, what the photo was beside per_class results,
 and the results by themselves (edit-1.png …). Photos are cut to a square of the student's size; pixels are of that square.
-"""
-import os
 
+With --num_samples, VAR's protocol: equally many samples of every class, shuffled, as uint8 NHWC in arr_0 of an .npz; arr_1
+are the classes, made_with the settings. A sample's random numbers depend on the seed and its place in the file alone, so
+the number of processes does not change it; another --batch_size, GPU or torch adds up in another order, which may change
+last bits, and now and then by them a token. An interrupted run goes on where it stopped when the same command is given.
+"""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import runtime
 from configurator import UserError, configure
+from data import balanced_labels, close_table, open_table, sample_generators, to_uint8, undone_batches
 from editing import edit as edit_photo, refocus as refocus_photo
 from model import load_deployed, to_official
 from pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
@@ -34,6 +44,9 @@ export = ''                     # folder for student and tokenizer in VAR's publ
 classes = ()                    # class numbers (default: all, at most the first ten)
 per_class = 8                   # pictures of each, or variants of a photo
 seed = 0                        # the same seed gives the same pictures
+# many samples instead of pictures to look at
+num_samples = 0                 # how many, a multiple of the number of classes; published figures are of 50,000
+out = ''                        # the .npz they go to (default: samples.npz in out_dir)
 # what to do with a photo (a file, or the name of an embedded chart)
 edit = ''                       # photo of which a part is drawn anew
 mask = ''                       # that part: a picture of the photo's shape, white there, or the box LEFT,TOP,RIGHT,BOTTOM
@@ -66,6 +79,13 @@ def check_settings():
         raise UserError('--edit and --refocus: one at a time')
     if (classes and (edit or refocus)) or (class_ != -1 and not (edit or refocus)):
         raise UserError('--class=NUMBER goes with --edit and --refocus, --classes=NUMBERS with sampling')
+    if num_samples < 0 or (num_samples and (classes or edit or refocus or export)):
+        raise UserError(f'--num_samples={num_samples}: give a number of samples of all classes alike, and no --classes, --edit, '
+                        f'--refocus or --export')
+    if out and (not num_samples or not out.endswith('.npz') or os.path.isdir(out)):
+        raise UserError(f'--out={out}: give --num_samples=NUMBER, and as --out a file that ends in .npz')
+    if runtime.world_size() > 1 and not num_samples:
+        raise UserError('only --num_samples is shared by several processes: start this with python, not with torchrun')
 
 
 def choose_classes(wanted, names):
@@ -98,6 +118,42 @@ def draw_samples(structure, network, names, autocast, dev):
               for k, state in enumerate(structure.decode_states(tokens), start=1)]
     save_gif(f'{out_dir}/focus.gif', frames)
     runtime.say(f'wrote {out_dir}/samples.png ({len(images)} pictures) and {out_dir}/focus.gif')
+
+
+# what the last byte of a sample's row says while it is being drawn
+NOT_YET, DONE = 0, 1
+
+
+def write_samples(structure, network, checkpoint, autocast, dev):
+    """The .npz of num_samples pictures: arr_0 (N, S, S, 3) uint8, arr_1 (N,) their classes, made_with the settings as JSON.
+
+    Pictures wait beside it in a .partial file. UserError for a number of samples that classes can not share.
+    """
+    size, path = structure.image_size, Path(out or f'{out_dir}/samples.npz')
+    labels, partial = balanced_labels(network.num_classes, num_samples, seed), path.with_suffix('.partial')
+    made_with = {name: config[name] for name in ('num_samples', 'seed', 'cfg', 'top_k', 'top_p', 'smooth', 'dtype')}
+    made_with |= {'device': dev.type, 'torch': torch.__version__, 'student_step': checkpoint['step'], 'image_size': size,
+                  'student': runtime.digest(network.state_dict()), 'tokenizer': runtime.digest(structure.state_dict())}
+    table = open_table(partial, made_with, num_samples, size * size * 3 + 1, np.uint8, NOT_YET)
+    undone = undone_batches(table, batch_size, NOT_YET)
+    bar = runtime.progress(len(undone), label='sample', scale=batch_size * runtime.world_size())
+    for batch in undone:
+        rows, generators = slice(batch.start, batch.stop), sample_generators(seed, batch)
+        with autocast():
+            _, images = network.generate(structure, labels[rows].to(dev), cfg, top_k, top_p, generators, smooth, kv_cache)
+        table[rows, :-1] = to_uint8(images).permute(0, 2, 3, 1).flatten(1).cpu().numpy()
+        table[rows, -1] = DONE
+        bar.update()
+    bar.close()
+    table.flush()
+    runtime.barrier()
+
+    if runtime.rank() == 0:
+        with runtime.atomic_write(path) as file:
+            np.savez(file, table[:, :-1].reshape(-1, size, size, 3), labels.numpy(), made_with=np.array(json.dumps(made_with)))
+        close_table(partial)
+        runtime.say(f'wrote {path}: {num_samples} pictures, {num_samples // network.num_classes} of each class')
+    runtime.barrier()
 
 
 @torch.no_grad()
@@ -145,7 +201,9 @@ def main():
     dev = runtime.start(device, seed)
     autocast, _ = runtime.precision(dtype, dev)
     structure, network, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
-    if export:
+    if num_samples:
+        write_samples(structure, network, checkpoint, autocast, dev)
+    elif export:
         write_published(structure, network)
     elif edit or refocus:
         draw_on_photo(structure, network, checkpoint['classes'], autocast, dev)

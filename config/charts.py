@@ -19,7 +19,7 @@ if script == 'train_fvar':
     eval_every, save_every, eval_pictures = 600, 600, 300
 
 if script in ('sample', 'evaluate'):
-    cfg, top_p = 3.0, 0.5               # a young student is surest of its likeliest tokens
+    cfg, top_p = 2.0, 0.4               # a young student is surest of its likeliest tokens
 
 if script == 'evaluate':
     per_class = 50

@@ -128,17 +128,45 @@ def random_inception(tmp_path_factory):
     return path
 
 
-def test_torch_fidelity_is_called_as_it_wants_to_be(random_inception, tmp_path):
-    labels = torch.arange(12) % 2
-    real, other = pictures(labels), pictures(torch.zeros(12, dtype=torch.int64), seed=1)
-    same = evaluate.torch_fidelity_metrics(real, real, random_inception, cache=tmp_path, names=('real', 'real'))
-    assert set(same) == {'fid', 'isc', 'precision', 'recall'} and all(map(math.isfinite, same.values()))
-    assert same['fid'] == pytest.approx(0, abs=1e-2) and same['precision'] == same['recall'] == 1
-    # only dark pictures: each looks real, but the light half of the real ones is never made
-    collapsed = evaluate.torch_fidelity_metrics(other, real, random_inception, cache=tmp_path, names=('dark', 'real'))
-    assert collapsed['fid'] > 10 * max(same['fid'], 1e-3)
-    assert collapsed['recall'] < 1
-    assert len({file.name.split('-')[0] for file in tmp_path.iterdir()}) == 2
+@pytest.fixture(scope='module')
+def measured(random_inception, tmp_path_factory):
+    """What torch-fidelity says about dark pictures against dark and light ones, and the features that it keeps of them.
+
+    But for the eigenvalues of Σ₁Σ₂, taken to be none, which would last ten seconds.
+    """
+    cache, labels = tmp_path_factory.mktemp('cache'), torch.arange(10) % 2
+    dark, real = pictures(0 * labels, seed=1), pictures(labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.linalg, 'eigvals', lambda matrix: np.zeros(len(matrix)))
+        figures = evaluate.torch_fidelity_metrics(dark, real, random_inception, cache=cache, names=('dark', 'real'))
+    files = (next(cache.glob(f'{name}-*-features-2048.pt')) for name in ('dark', 'real'))
+    return dark, real, cache, figures, [evaluate.statistics(torch.load(file, weights_only=True)) for file in files]
+
+
+def test_torch_fidelity_is_called_as_it_wants_to_be(measured):
+    _, _, cache, figures, ((mu1, sigma1), (mu2, sigma2)) = measured
+    assert set(figures) == {'fid', 'isc', 'precision', 'recall'} and all(map(math.isfinite, figures.values()))
+    assert figures['fid'] == pytest.approx(float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()), rel=1e-3)
+    assert figures['recall'] < 1                            # the light half of the real ones is never made
+    assert len({file.name.split('-')[0] for file in cache.iterdir()}) == 2
+
+
+@pytest.mark.parametrize('images_beside', [True, False])
+def test_fid_is_measured_to_published_statistics(measured, random_inception, monkeypatch, images_beside):
+    """And precision and recall to the images beside them, if there are any."""
+    dark, real, cache, by_images, (own, published) = measured
+    monkeypatch.setattr(evaluate, 'frechet_distance', lambda *moments: moments)
+    figures = evaluate.torch_fidelity_metrics(dark, real if images_beside else None, random_inception, cache=cache,
+                                              names=('dark', 'real'), moments=published)
+    assert all(torch.equal(a, b) for a, b in zip(figures.pop('fid'), (*own, *published), strict=True))
+    assert figures == {name: by_images[name] if images_beside or name == 'isc' else None for name in ('isc', 'precision', 'recall')}
+
+
+def test_our_frechet_distance_is_torch_fidelitys():
+    metric = pytest.importorskip('torch_fidelity.metric_fid')
+    a, b = (evaluate.statistics(normal(60, 20, seed=seed) @ normal(20, 20, seed=seed + 2)) for seed in (0, 1))
+    theirs = metric.fid_statistics_to_metric(*({'mu': mu.numpy(), 'sigma': sigma.numpy()} for mu, sigma in (a, b)), verbose=False)
+    assert evaluate.frechet_distance(*a, *b) == pytest.approx(theirs['frechet_inception_distance'])
 
 
 def test_torch_fidelity_needs_ten_images():
@@ -238,7 +266,7 @@ def test_npz_gives_the_images_and_labels_if_it_has_them(tmp_path):
     ({'arr_0': np.zeros((9, 16, 16, 3))}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 3, 16, 16), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((0, 16, 16, 3), np.uint8)}, 'must be uint8'),
-    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, the real images 16 × 16'),
+    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, the tokenizer.s images 16 × 16'),
     ({'arr_0': np.array([{}])}, 'can not be read'),                         # a pickle, which could run code
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(9, 2)}, 'class numbers from 0 to 1'),
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(8, 1)}, '9 class numbers'),
@@ -247,6 +275,39 @@ def test_a_bad_npz_is_named_with_what_is_wrong(tmp_path, arrays, message):
     np.savez(tmp_path / 'bad.npz', **arrays)
     with pytest.raises(UserError, match=message) as error:
         evaluate.read_samples(str(tmp_path / 'bad.npz'), 16, CLASSES)
+    assert 'bad.npz' in str(error.value) and '\n' not in str(error.value)
+
+
+def statistics_file(path, **others):
+    np.savez(path, **{'mu': np.zeros(2048), 'sigma': np.eye(2048, dtype=np.float32)} | others)
+    return str(path)
+
+
+def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
+    images = pictures(torch.arange(6) % 2)
+    nhwc = images.permute(0, 2, 3, 1).numpy()
+    save_pictures(tmp_path / 'folder', images)
+    np.savez(tmp_path / 'images.npz', nhwc, 7 + np.arange(6))                  # its labels are of no interest
+    for name in ('folder', 'images.npz'):
+        found, moments = evaluate.read_reference(str(tmp_path / name), 16)
+        assert moments is None and sorted(found.sum((1, 2, 3)).tolist()) == sorted(images.sum((1, 2, 3)).tolist())
+    found, (mu, sigma) = evaluate.read_reference(statistics_file(tmp_path / 'mu.npz'), 16)
+    assert found is None and mu.shape == (2048,) and torch.equal(sigma, torch.eye(2048))
+    found, moments = evaluate.read_reference(statistics_file(tmp_path / 'both.npz', arr_0=nhwc, mu_s=np.zeros(3)), 16)
+    assert torch.equal(found, images) and len(moments) == 2
+
+
+@pytest.mark.parametrize('arrays, message', [
+    ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be mean .2048,. and covariance .2048, 2048.'),
+    ({'sigma': np.zeros(0)}, 'must be mean'),
+    ({'mu': np.zeros(2048, np.int64)}, 'they are int64'),
+    ({'mu': np.full(2048, np.nan)}, 'not finite, or not symmetric'),
+    ({'sigma': np.eye(2048, k=1)}, 'not finite, or not symmetric'),
+    ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, '32 × 32 px'),
+])
+def test_statistics_of_something_else_are_named(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.read_reference(statistics_file(tmp_path / 'bad.npz', **arrays), 16)
     assert 'bad.npz' in str(error.value) and '\n' not in str(error.value)
 
 
@@ -261,7 +322,7 @@ def test_missing_empty_broken_and_wrongly_sized_samples_are_named(tmp_path):
         with pytest.raises(UserError, match='not an .npz'):
             evaluate.read_samples(str(tmp_path / name), 16, CLASSES)
     save_pictures(tmp_path / 'small', pictures(torch.zeros(1, dtype=torch.int64), side=8))
-    with pytest.raises(UserError, match='0.png: samples are 8 × 8 px'):
+    with pytest.raises(UserError, match='0.png: these are 8 × 8 px'):
         evaluate.read_samples(str(tmp_path / 'small'), 16, CLASSES)
     (tmp_path / 'small' / '0.png').write_bytes(b'no picture')
     with pytest.raises(UserError, match='can not be read'):
@@ -279,13 +340,26 @@ def test_good_samples_raise_no_warning_and_every_flaw_raises_its_own():
                                'covariance is singular': (images, labels, 20, 2),
                                'class order': (images, labels.sort().values, 8, 2),
                                '9 to 11 samples a class': (images, uneven, 8, 2),
-                               'carry no class': (images, None, 8, 2)}.items():
+                               'carry no class': (images, None, 8, 2),
+                               '2 of 20 samples repeat another one: the figures are of 18': (images[[*range(18), 0, 1]], labels, 8, 2),
+                               '3 of 20 samples are images of the reference': (images, labels, 8, 2, evaluate.fingerprints(images[4:7])),
+                               'nothing above 1 of 255': (images % 2, labels, 8, 2)}.items():
         warnings = evaluate.check_samples(*arguments)
         assert len(warnings) == 1 and message in warnings[0] and '\n' not in warnings[0]
     many = torch.arange(3 * 2049 * 4, dtype=torch.int64).remainder(251).to(torch.uint8).view(2049, 3, 2, 2)
     assert 'published FIDs use 50,000' in evaluate.check_samples(many, torch.arange(2049) % 3, 2048, 3)[0]
     with pytest.raises(UserError, match='only 9 samples'):
         evaluate.check_samples(images[:9], labels[:9], 8, 2)
+
+
+def test_a_small_reference_and_lossy_files_are_warned_of(tmp_path):
+    assert evaluate.check_reference(300, 128) == evaluate.check_reference(50_000, 2048) == []
+    assert '100 reference images for 128 features: their covariance is singular' in evaluate.check_reference(100, 128)[0]
+    assert '12000 reference images' in evaluate.check_reference(12_000, 2048)[0]
+    save_pictures(tmp_path / 'samples', pictures(torch.zeros(3, dtype=torch.int64)))
+    assert evaluate.check_files(str(tmp_path / 'samples')) == evaluate.check_files('samples.npz') == []
+    (tmp_path / 'samples' / '1.png').rename(tmp_path / 'samples' / '1.JPEG')
+    assert '1 of 3 samples are JPEG' in evaluate.check_files(str(tmp_path / 'samples'))[0]
 
 
 # -----------------------------------------------------------------------------
@@ -346,7 +420,7 @@ def test_a_whole_run_writes_every_figure_and_the_same_ones_again(finished_run, c
     assert all(rows['real', 'reference']['fd_cnn'] < rows[name, 'reference']['fd_cnn'] for name in ('generated', 'reconstructed'))
     printed = capsys.readouterr().out
     assert 'FD-cnn' in printed and 'FID' not in printed.replace('FID.', '')
-    assert 'covariance is singular' in printed and len(results['warnings']) == 1
+    assert printed.count('covariance is singular') == len(results['warnings']) == 2      # of the samples, of the reference
     evaluate.main()
     assert json.loads((out / 'results.json').read_text()) == results
 
@@ -367,17 +441,83 @@ def test_real_pictures_given_as_samples_are_as_good_as_the_floor(finished_run, m
 
 
 def test_the_table_says_fid_where_torch_fidelity_measured(finished_run, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, 'choose_distance', lambda: 'weights.pth')
+    monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth')
     monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *_: {'fid': 12.3456, 'isc': 2.0, 'precision': 0.5, 'recall': 0.25})
     evaluate.main()
     printed = capsys.readouterr().out
     assert '12.346' in printed and 'FID' in printed and 'FD-cnn' not in printed
 
 
+def test_a_row_compares_the_sets_it_names(finished_run, monkeypatch):
+    """rFID: reconstructions against their own originals. Only what is measured to the reference is measured to its statistics."""
+    out, structure, _ = finished_run
+    seen, moments, val = [], ('mu', 'sigma'), evaluate.load_images(open_dataset(str(out.parent / 'data'), 'val', 16), 0)[0]
+    monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth')
+    monkeypatch.setattr(evaluate, 'reference', str(out))
+    monkeypatch.setattr(evaluate, 'read_reference', lambda *_: (None, moments))
+    monkeypatch.setattr(runtime, 'digest', lambda *_, digest=runtime.digest: digest(structure.state_dict()))
+    monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *arguments: seen.append(arguments) or {
+        'fid': 1.0, 'isc': 2.0, 'precision': None, 'recall': None})
+    evaluate.main()
+    found = {arguments[6]: arguments for arguments in seen}
+    assert list(found) == evaluate.PAIRS
+    some = evaluate.spread(torch.arange(20) // 10, 12)
+    reconstructed, originals = found['reconstructed', 'originals'][:2]
+    assert torch.equal(originals, val[some]) and found['reconstructed', 'originals'][7] is None
+    with torch.no_grad():
+        assert torch.equal(reconstructed, evaluate.to_uint8(structure.decode(structure.encode(normalize(val)))[some]))
+    for name, images in (('generated', seen[0][0]), ('reconstructed', reconstructed), ('real', val[some])):
+        assert torch.equal(found[name, 'reference'][0], images) and found[name, 'reference'][1::6] == (None, moments)
+    rows = json.loads((out / 'results.json').read_text())['distances']
+    assert [row['against_images'] for row in rows] == [None, None, 12, None]
+
+
+def test_distances_to_an_npz_are_those_to_the_split_it_holds(finished_run, monkeypatch):
+    out, distances = finished_run[0], []
+    images, _ = evaluate.load_images(open_dataset(str(out.parent / 'data'), 'train', 16), 0)
+    np.savez(out / 'train.npz', images.permute(0, 2, 3, 1).numpy())
+    for reference in ('train', str(out / 'train.npz')):
+        monkeypatch.setattr(evaluate, 'reference', reference)
+        evaluate.main()
+        results = json.loads((out / 'results.json').read_text())
+        distances.append({(row['set'], row['against']): row['fd_cnn'] for row in results['distances']})
+    assert distances[0] == pytest.approx(distances[1])
+    assert results['reference']['name'] == reference and results['reference']['images'] == 20
+
+
+def test_statistics_of_inception_features_are_no_reference_for_the_cnn(finished_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, 'reference', statistics_file(tmp_path / 'mu.npz'))
+    monkeypatch.setattr(evaluate, 'inception_weights', str(tmp_path / 'here.pth'))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    for distance, remedy in (('cnn', 'leave --distance=cnn out'), ('auto', 'here.pth')):
+        monkeypatch.setattr(evaluate, 'distance', distance)
+        with pytest.raises(UserError, match=f'mu.npz holds statistics of Inception features.*{remedy}') as error:
+            evaluate.main()
+        assert '\n' not in str(error.value)
+
+
+def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch):
+    out, structure, student = finished_run
+    images, labels = evaluate.generate(student, structure, nullcontext)
+    np.savez(out / 'samples.npz', images.permute(0, 2, 3, 1).numpy(), labels.numpy(), made_with=np.array('{"seed": 5}'))
+    for samples in ('', str(out / 'samples.npz')):
+        monkeypatch.setattr(evaluate, 'samples', samples)
+        evaluate.main()
+        results = json.loads((out / 'results.json').read_text())
+        assert results['samples'] == {'images': 12, 'fingerprint': evaluate.fingerprint(evaluate.fingerprints(images)),
+                                      'made_with': {'seed': 5} if samples else None}
+        assert results['student_digest'] == runtime.digest(student.state_dict()) and results['device'] == 'cpu'
+        assert results['tokenizer_digest'] == runtime.digest(structure.state_dict())
+        assert results['versions'].keys() == {'python', 'torch', 'torch-fidelity', 'numpy', 'pillow'}
+        assert results['versions']['numpy'] == np.__version__ and set(evaluate.config) == set(results['config'])
+        assert results['reference']['images'] == 20 and len(results['reference']['fingerprint']) == 16
+        assert results['cnn']['digest']
+
+
 @pytest.mark.parametrize('settings, message', [
     ({'parts': 'tokenizer,sampels'}, "'sampels' is no part"),
     ({'per_class': 0}, 'at least 1'),
-    ({'reference': 'test'}, 'choose train or val'),
+    ({'reference': 'test'}, 'choose train, val, a folder of images, or an .npz'),
     ({'distance': 'is'}, 'auto, fid or cnn'),
     ({'data': 'nowhere'}, 'no such folder'),
     ({'tokens': 'nowhere'}, 'no token files'),
