@@ -203,7 +203,7 @@ def draw(images, patch_nums, radii, kernel, side=160):
     focused, downsampled, alias = build_pyramid(images, patch_nums, radii, kernel=kernel)
     alias = [2 * view for view in alias]                    # small: drawn at twice its contrast, around grey
     views = [F.interpolate(view, (side, side), mode='nearest')[0] for view in focused + downsampled + alias]
-    labels = [f'k={k}  ρ={radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}'
+    labels = [f'k={k}  blur {radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}'
               for k, (p, radius) in enumerate(zip(patch_nums, radii), start=1)]
     return picture_grid(torch.stack(views), len(patch_nums), ('L: focused', 'D: downsampled', 'A = D - L (twice)'), labels, side)
 
