@@ -301,6 +301,9 @@ def vq_loss(quantized, features, beta):
 # -----------------------------------------------------------------------------
 # Q_L
 
+DECODED_AT_ONCE = 2 ** 20       # pixels: 16 pictures of 256 px, one of 1024
+
+
 class StructureTokenizer(nn.Module):
     """Q_L: images → token maps r_1 … r_K, and back, every prefix decoding to a focus state.
 
@@ -382,8 +385,11 @@ class StructureTokenizer(nn.Module):
     # -- the way out
 
     def decode_features(self, f_hat):
-        """f̂ (B, C, p_K, p_K) → images, not clamped."""
-        return self.decoder(self.post_quant(f_hat))
+        """f̂ (B, C, p_K, p_K) → images, not clamped. Without gradients part by part: a batch of 1024-px pictures must fit."""
+        h = self.post_quant(f_hat)
+        if torch.is_grad_enabled():
+            return self.decoder(h)
+        return torch.cat([self.decoder(part) for part in h.split(max(1, DECODED_AT_ONCE // self.image_size ** 2))])
 
     @torch.no_grad()
     def decode_states(self, tokens):

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import tokenizer
 from configurator import UserError
 from data import Charts, normalize
 from pyramid import build_pyramid, defocus, focus_radii
@@ -474,3 +475,14 @@ def test_no_group_of_a_norm_is_a_single_channel(width):
 
 def test_widths_of_thirty_two_have_the_groups_of_the_published_tokenizer():
     assert [group_norm(width).num_groups for width in (32, 160, 320, 640)] == [32] * 4
+
+
+def test_many_pictures_are_decoded_part_by_part(monkeypatch):
+    structure, sizes = StructureTokenizer(16, (1, 2, 4), 16, 4, 8, (1, 1, 1), 1), []
+    f_hat = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = structure.decode_features(f_hat)
+        structure.decoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
+        monkeypatch.setattr(tokenizer, 'DECODED_AT_ONCE', 2 * 16 * 16)
+        parts = structure.decode_features(f_hat)
+    assert sizes == [2, 2, 1] and torch.allclose(whole, parts, atol=1e-5)
