@@ -5,9 +5,12 @@ Nothing here knows about pictures or tokens. One process is one rank; without to
 import errno
 import hashlib
 import json
+import math
 import os
+import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -36,6 +39,13 @@ def all_reduce(tensor, average=False):
         dist.all_reduce(tensor)
         if average:
             tensor /= world_size()
+    return tensor
+
+
+def all_reduce_max(tensor):
+    """The largest of each number over all ranks, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -232,36 +242,122 @@ def adamw(module, lr, betas, weight_decay):
 
 
 class SafeStep:
-    """Optimizer steps that skip what is not finite, and give up after ten in a row."""
+    """Optimizer steps that skip what is not finite, and give up after ten in a row, naming what went first.
+
+    A spike is a finite gradient ten times as long as usual, usual being the mean over the last hundred steps or so. It is
+    clipped like any other and said in one line: a jump of the loss shows here first, and at every step, not at logged ones.
+    """
 
     def __init__(self, optimizer, scaler, grad_clip):
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
-        self.skipped = self.in_a_row = 0
+        self.taken = self.skipped = self.in_a_row = self.spikes = 0
+        self.usual_norm, self.first_to_go = 0.0, ''
 
-    def __call__(self, parameters, lr):
+    def state_dict(self):
+        return {name: value for name, value in vars(self).items() if name not in ('optimizer', 'scaler', 'grad_clip')}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+    def __call__(self, parameters, lr, terms={}):
         """Clips, steps unless the gradient norm is not finite, clears the gradients. Returns the norm.
 
         Every rank sees the same averaged gradients, so all of them skip together. Non-finite losses give
-        non-finite gradients, so this one check covers both.
+        non-finite gradients, so this one check covers both. terms: the loss terms by name, to say which went first.
         """
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
         norm = getattr(norm, 'full_tensor', lambda: norm)().item()
-        if norm == norm and norm != float('inf'):
+        if math.isfinite(norm):
             self.scaler.step(self.optimizer)
+            self.watch(norm)
+            self.taken += 1
             self.in_a_row = 0
         else:
+            if self.in_a_row == 0:
+                self.first_to_go = f'{not_finite(terms) or "a gradient"} in step {self.taken + self.skipped}'
             self.skipped += 1
             self.in_a_row += 1
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         # a float16 scaler starts too high on purpose and skips its way down: not an alarm
         if self.in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            raise FloatingPointError('ten steps in a row had a loss or gradient that is not finite; '
-                                     'the last checkpoint is intact: lower --lr, or use --dtype=float32')
+            raise FloatingPointError(f'ten steps in a row had a loss or gradient that is not finite, first {self.first_to_go}; '
+                                     f'the last checkpoint is intact: lower --lr, or use --dtype=float32')
         return norm
+
+    def watch(self, norm):
+        """Counts and says a spike; keeps the usual norm."""
+        spike = self.taken >= 100 and norm > 10 * self.usual_norm
+        if spike:
+            self.spikes += 1
+            say(f'warning: spike in step {self.taken + self.skipped}: gradient norm {norm:.3g}, usually {self.usual_norm:.3g}')
+        norm = min(norm, 10 * self.usual_norm) if spike else norm       # or one spike would hide the next
+        self.usual_norm += (norm - self.usual_norm) / min(self.taken + 1, 100)
+
+
+def not_finite(terms):
+    """Names of the loss terms that are not finite on some rank, joined."""
+    if not terms:
+        return ''
+    bad = all_reduce(torch.stack([1 - t.detach().isfinite().all().float() for t in terms.values()]))
+    return ', '.join(name for name, count in zip(terms, bad.tolist()) if count)
+
+
+# -----------------------------------------------------------------------------
+# when to save, and when to stop
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has been saved. number: of the signal."""
+
+    def __init__(self, number, step):
+        super().__init__(f'stopped by {signal.Signals(number).name} after step {step} and saved; --init_from=resume goes on')
+        self.number = number
+
+
+class Saving:
+    """When a run is saved: every so many steps, every so many seconds (0: never mind), at the end, and before it stops.
+
+    From its making to its end, SIGTERM and SIGINT are noted, not obeyed: the step under way is finished and saved first.
+    A second SIGINT stops at once. One rank that was signalled is enough, and the seconds are those of rank 0.
+    """
+
+    def __init__(self, every, seconds, device):
+        self.every, self.seconds, self.device = every, seconds, device
+        self.asked = self.number = 0                        # the signal this rank was sent, and the one all ranks know of
+        self.saved_at = time.monotonic()
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        if number == self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+    def due(self, step, steps):
+        """Whether to save now, after `step` of `steps` steps; the same answer on every rank. All ranks must ask, every step."""
+        late = self.seconds > 0 and rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
+        self.number, late = all_reduce_max(torch.tensor([self.asked, int(late)], device=self.device)).tolist()
+        due = bool(late or self.number or step % self.every == 0 or step == steps)
+        self.saved_at = time.monotonic() if due else self.saved_at
+        return due
+
+    def stop_if_asked(self, step):
+        """After the save: raises Stopped if a signal came. Otherwise nothing."""
+        if self.number:
+            self.end()
+            raise Stopped(self.number, step)
+
+    def end(self):
+        """Signals do again what they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def resumes(init_from, state_file):
+    """Whether a run goes on from state_file: 'resume' says so, 'auto' if there is one, or the one before it."""
+    return init_from == 'resume' or init_from == 'auto' and any(path.is_file() for path in (Path(state_file), previous(state_file)))
 
 
 # -----------------------------------------------------------------------------
@@ -269,10 +365,13 @@ class SafeStep:
 
 @contextmanager
 def atomic_write(path, mode='wb'):
-    """A file that appears whole or not at all: written beside `path`, flushed to disk, renamed."""
+    """A file that appears whole or not at all: written beside `path`, flushed to disk, renamed.
+
+    What a kill leaves beside it is overwritten by the next attempt.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
@@ -287,6 +386,14 @@ def write_json(path, value):
     with atomic_write(path, 'w') as file:
         json.dump(value, file, indent=1)
         file.write('\n')
+
+
+def read_json(path):
+    """What a JSON file holds; None if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def save_checkpoint(path, checkpoint):
@@ -338,12 +445,18 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
 def read_weights(path, device='cpu', errors=True):
     """torch.load of tensors and plain values only. A damaged file: UserError, or None if errors=False."""
     try:
+        if zipfile.is_zipfile(path):                        # torch writes checksums, but does not look at them
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except Exception as error:                 # zip, pickle and torch each raise their own kinds
         if not errors:
             return None
+        if isinstance(error, PermissionError):
+            raise
         reason = 'it holds code, which is never run' if 'unsupported global' in str(error).lower() else 'truncated or not a checkpoint'
         raise UserError(f'{path}: can not be read ({reason})') from None
 
@@ -379,13 +492,17 @@ def digest(state_dict):
 # logs
 
 class Log:
-    """JSON lines, one a record, written by rank 0; a resumed run drops the lines from its first step on."""
+    """JSON lines, one a record, written by rank 0; a resumed run drops the lines from its first step on.
 
-    def __init__(self, path, first_step=0):
+    A number that is not finite is null. to: 'tensorboard' or 'wandb' shows the numbers there too (UserError if it isn't installed).
+    """
+
+    def __init__(self, path, first_step=0, to='', config={}):
         self.file = None
         if rank() != 0:
             return
         path = Path(path)
+        self.show = open_writer(to, path, first_step, config)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(path) if line['step'] < first_step]
         with atomic_write(path, 'w') as file:
@@ -394,20 +511,54 @@ class Log:
 
     def __call__(self, **record):
         if self.file:
-            self.file.write(json.dumps(record) + '\n')
+            self.file.write(json.dumps(finite(record)) + '\n')
             self.file.flush()
+            self.show(record['step'], flat(record))
+
+
+def finite(value):
+    """NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat(record):
+    """{name: number} of a record; item i of a list is name/i."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in record.items() if name != 'step'}
+    return {f'{name}/{i}' if isinstance(record[name], list) else name: v for name, values in lists.items() for i, v in enumerate(values)}
+
+
+def open_writer(to, path, first_step, config):
+    """A function (step, {name: number}) that shows them in TensorBoard (tensorboard/ beside the log) or Weights & Biases."""
+    if to not in ('', 'tensorboard', 'wandb'):
+        raise UserError(f'--log_to={to}: choose tensorboard or wandb, or leave it out')
+    try:
+        if to == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(path.parent / 'tensorboard' / path.stem, purge_step=first_step)
+            return lambda step, numbers: [writer.add_scalar(name, number, step) for name, number in numbers.items()]
+        if to == 'wandb':
+            import wandb
+            run = wandb.init(project='fvar', name=f'{path.parent.name} {path.stem}', dir=path.parent, config=config)
+            return lambda step, numbers: run.log(numbers | {'step': step})
+    except ImportError:
+        raise UserError(f'--log_to={to} needs a package that is not installed: pip install {to}') from None
+    return lambda step, numbers: None
 
 
 def read_log(path):
-    """The records of a log, leaving out a last line that a crash cut short."""
+    """The records of a log, leaving out a line that a crash cut short or filled with something else."""
     records = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding='utf-8').splitlines():
+        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
                 pass
-    return records
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get('step'), int)]
 
 
 class progress(tqdm):
@@ -437,7 +588,10 @@ def say(*words):
 # the outermost frame
 
 def run(main):
-    """Runs a script's main(): a user's mistake is one line and status 2, a fault of the machine one line and status 1."""
+    """Runs a script's main(): a user's mistake is one line and status 2, a fault of the machine one line and status 1.
+
+    A run that saved itself because of a signal has status 128 + its number (SIGTERM 143, SIGINT 130), as a shell would say.
+    """
     began = time.time()
     try:
         main()
@@ -446,21 +600,43 @@ def run(main):
         fail(error, 2)
     except FloatingPointError as error:
         fail(error, 1)
+    except Stopped as stop:
+        if rank() == 0:
+            fail(stop, 128 + stop.number)
+        raise SystemExit(128 + stop.number) from None
     except torch.OutOfMemoryError:
-        fail('out of GPU memory: lower --batch_size (or raise --accumulate when training)', 1)
+        fail(f'out of GPU memory: {less_memory(main)}', 1)
+    except MemoryError:
+        fail(f'out of memory: {less_memory(main)}', 1)
+    except RuntimeError as error:
+        if any(words in str(error) for words in ('not enough memory', 'out of memory', "can't allocate memory", 'ALLOC_FAILED')):
+            fail(f'out of memory: {less_memory(main)}', 1)
+        if str(error).startswith('DataLoader worker'):
+            fail(f'a process that decodes images died ({str(error).splitlines()[0]}): lower --workers, out of memory they are killed', 1)
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(f'disk full while writing {error.filename or "a file"}: free some space; what was there before is intact', 1)
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             fail(f'{error.filename}: a file where a folder should be, or the other way round: choose another --out_dir', 2)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            fail(f'no permission for {error.filename}: choose another --out_dir', 2)
+            fail(f'no permission for {error.filename}: change its rights, or choose another --out_dir', 2)
+        if error.errno == errno.ENAMETOOLONG:
+            fail(f'{error.filename}: too long a name', 2)
         raise
     except KeyboardInterrupt:
         fail('interrupted', 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def less_memory(main):
+    """Which of the script's settings to lower."""
+    settings = main.__globals__
+    if 'accumulate' in settings:
+        return f'raise --accumulate (now {settings["accumulate"]}) or set --recompute=True; neither changes what is learnt'
+    return 'lower --batch_size' + (' or --image_size' if 'image_size' in settings else '')
 
 
 def fail(message, status):

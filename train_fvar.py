@@ -23,7 +23,7 @@ from tokenizer import load_tokenizers
 
 # input and output
 out_dir = 'out'                 # everything is written here
-init_from = 'scratch'           # scratch | resume | a student.pt, or VAR's published var_d16.pth or the like, to start from
+init_from = 'scratch'           # scratch | resume | auto (resume if it can) | a student.pt, or VAR's published var_d16.pth or the like
 tokenizer = ''                  # tokenizer.pt of stage 1 (default: the one in out_dir)
 tokens = ''                     # folder of encode.py's token files (default: tokens beside tokenizer.pt)
 data = ''                       # images, where there are no token files (default: what the tokenizer was trained on)
@@ -58,7 +58,9 @@ grad_clip = 2.0                 # largest gradient norm
 eval_every = 2000               # steps between validations
 eval_pictures = 1000            # held-out pictures a validation
 save_every = 2000               # steps between checkpoints
+save_seconds = 1800.0           # and seconds, whichever is first; 0: steps alone
 log_every = 20                  # steps between log lines
+log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
 compile = False                 # compile the blocks: a minute's wait, then faster steps
 recompute = False               # keep only the inputs of blocks and compute the rest again: a third more work, far less memory
@@ -70,7 +72,7 @@ config = configure(globals())
 
 # settings that a resumed run may change
 MAY_CHANGE = ('init_from', 'out_dir', 'tokenizer', 'tokens', 'data', 'workers', 'steps', 'accumulate', 'eval_every',
-              'eval_pictures', 'save_every', 'log_every', 'compile', 'recompute', 'device')
+              'eval_pictures', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'recompute', 'device')
 
 
 class TokenFiles:
@@ -186,9 +188,9 @@ def main():
     source = open_source(tokenizer_file, structure, alias, stage1['config']['data'], dev)
 
     student = build_student(config, structure, len(source.classes)).to(dev)
-    if init_from not in ('scratch', 'resume'):
+    if init_from not in ('scratch', 'resume', 'auto'):
         if not os.path.isfile(init_from):
-            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, a student.pt or a published transformer')
+            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a student.pt or a published transformer')
         start_from(student, runtime.read_weights(init_from, dev), structure)
     teacher = None
     if distill:
@@ -202,34 +204,35 @@ def main():
     optimizer = runtime.adamw(network, lr, betas, weight_decay)
     safe_step = runtime.SafeStep(optimizer, scaler, grad_clip)
 
-    step, state_file = 0, f'{out_dir}/fvar_state.pt'
-    if init_from == 'resume':
+    step, figures, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
+    if runtime.resumes(init_from, state_file):
         saved = runtime.load_checkpoint(state_file, 'fvar training', dev, made_by='train_fvar.py')
         runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
         runtime.load_training_state(network, optimizer, saved['network'], saved['optimizer'], state_file)
         scaler.load_state_dict(saved['scaler'])
+        safe_step.load_state_dict(saved.get('safe_step', {}))
         torch.set_rng_state(saved['random_state'].cpu())
-        step = saved['step']
+        step, figures = saved['step'], saved.get('figures', {})
     runtime.say(f'student {count_parameters(student):.2f}M' + (f', teacher {count_parameters(teacher):.2f}M' if distill else '')
                 + f', {len(source.train)} pictures of {sum(student.lengths)} tokens, {len(source.classes)} classes')
 
     def save(figures):
         weights, optimizer_state = runtime.training_state(network, optimizer)
         if runtime.rank() == 0:
-            common = {'config': config, 'step': step, 'tokenizer': runtime.digest(structure.state_dict())}
+            common = {'config': config, 'step': step, 'figures': figures, 'tokenizer': runtime.digest(structure.state_dict())}
             runtime.save_checkpoint(f'{out_dir}/student.pt', {
-                'kind': 'student', **common, 'classes': source.classes, 'figures': figures,
+                'kind': 'student', **common, 'classes': source.classes,
                 'student': {name.removeprefix('student.'): w for name, w in weights.items() if name.startswith('student.')}})
             runtime.save_checkpoint(state_file, {
                 'kind': 'fvar training', **common, 'network': weights, 'optimizer': optimizer_state,
-                'scaler': scaler.state_dict(), 'random_state': torch.get_rng_state()})
+                'scaler': scaler.state_dict(), 'safe_step': safe_step.state_dict(), 'random_state': torch.get_rng_state()})
         runtime.barrier()
 
     trained = runtime.parallel(network, dev)
-    log = runtime.Log(f'{out_dir}/fvar.jsonl', first_step=step)
+    log = runtime.Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', scale=batch_size)
     supply = source.endless(step)
-    figures = {}
+    saving = runtime.Saving(save_every, save_seconds, dev)
     while step < steps:
         structure_tokens, alias_tokens, labels = (t.to(dev, non_blocking=True) for t in next(supply))
         dropped, keep = (t.to(dev) for t in randomness(step, student))
@@ -245,14 +248,14 @@ def main():
                     found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
                 scaler.scale(found['total'] / accumulate).backward()
             terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
-        norm = safe_step(network.parameters(), runtime.learning_rate(step, steps, lr, warmup))
+        norm = safe_step(network.parameters(), runtime.learning_rate(step, steps, lr, warmup), terms)
         step += 1
         bar.update()
 
         if step % log_every == 0 or step == steps:
             per_map = runtime.all_reduce(terms.pop('per_map'), average=True)
             means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm, skipped=safe_step.skipped)
+            log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm, skipped=safe_step.skipped, spikes=safe_step.spikes)
             bar.set_postfix(ce=f'{means["ce"]:.3f}', **({'teacher': f'{means["teacher_ce"]:.3f}'} if distill else {}))
         if step % eval_every == 0 or step == steps:
             figures = validate(network, source, structure, dev, autocast)
@@ -260,8 +263,10 @@ def main():
             runtime.say(f'step {step}: held-out cross-entropy {figures["ce"]:.3f} ({figures["bits_an_image"]:.0f} bits an image), '
                         'per token map ' + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map'])
                         + (f'; teacher {figures["teacher_ce"]:.3f}, kl {figures["kl"]:.4f}' if distill else ''))
-        if step % save_every == 0 or step == steps:
+        if saving.due(step, steps):
             save(figures)
+            saving.stop_if_asked(step)
+    saving.end()
     bar.close()
     runtime.say(f'wrote {out_dir}/student.pt')
 

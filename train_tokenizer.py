@@ -2,7 +2,7 @@
 
     python train_tokenizer.py config/charts.py
     torchrun --nproc_per_node=8 train_tokenizer.py config/tokenizer_256.py
-    python train_tokenizer.py config/charts.py --init_from=resume      # goes on where it stopped
+    python train_tokenizer.py config/charts.py --init_from=resume      # goes on where it stopped; so does =auto, or it starts
 
 Writes to out_dir: tokenizer.pt (what the later stages read), tokenizer_state.pt (for resuming),
 tokenizer.jsonl (the log) and tokenizer.png (held-out pictures: what a focus state should be, what it decodes to).
@@ -24,7 +24,7 @@ from tokenizer import build_tokenizers
 
 # input and output
 out_dir = 'out'                 # everything is written here
-init_from = 'scratch'           # scratch | resume | VAR's published vae_ch160v4096z32.pth for Q_L
+init_from = 'scratch'           # scratch | resume | auto (resume if it can) | VAR's published vae_ch160v4096z32.pth for Q_L
 # data
 data = 'charts'                 # charts, or a folder with train/<class>/*.jpg and val/<class>/*.jpg
 image_size = 256                # pixels; must be patch_nums[-1] · 2^(len(channel_mult) − 1)
@@ -74,7 +74,9 @@ grad_clip = 1.0                 # largest gradient norm
 eval_every = 2000               # steps between validations
 eval_images = 256               # held-out images a validation
 save_every = 2000               # steps between checkpoints
+save_seconds = 1800.0           # and seconds, whichever is first; 0: steps alone
 log_every = 20                  # steps between log lines
+log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
@@ -194,20 +196,21 @@ def main():
     gan_optimizer = runtime.adamw(discriminator, lr, betas, weight_decay) if lambda_gan else None
     safe_step = runtime.SafeStep(optimizer, scaler, grad_clip)
 
-    step, state_file = 0, f'{out_dir}/tokenizer_state.pt'
-    if init_from == 'resume':
+    step, figures, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
+    if runtime.resumes(init_from, state_file):
         saved = runtime.load_checkpoint(state_file, 'tokenizer training', dev, made_by='train_tokenizer.py')
         runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
         for name, network in networks.items():
             runtime.load_weights(network, saved[name], state_file)
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
+        safe_step.load_state_dict(saved.get('safe_step', {}))
         if gan_optimizer:
             gan_optimizer.load_state_dict(saved['gan_optimizer'])
-        step = saved['step']
-    elif init_from != 'scratch':
+        step, figures = saved['step'], saved.get('figures', {})
+    elif init_from not in ('scratch', 'auto'):
         if not os.path.isfile(init_from):
-            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume or a published tokenizer')
+            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto or a published tokenizer')
         fill_official_tokenizer(structure, runtime.read_weights(init_from, dev))
     runtime.say(f'structure tokenizer {millions(structure)}, alias tokenizer {millions(alias)}, {len(train)} images of '
                 f'{len(train.classes)} classes, radii ' + ' '.join(f'{r:.2g}' for r in structure.radii))
@@ -219,16 +222,17 @@ def main():
                 'kind': 'tokenizer', 'config': config, 'step': step, 'figures': figures, 'classes': train.classes,
                 'structure': weights['structure'], 'alias': weights['alias']})
             runtime.save_checkpoint(state_file, {
-                'kind': 'tokenizer training', 'config': config, 'step': step, **weights, 'optimizer': optimizer.state_dict(),
-                'scaler': scaler.state_dict(), 'gan_optimizer': gan_optimizer.state_dict() if gan_optimizer else {}})
+                'kind': 'tokenizer training', 'config': config, 'step': step, 'figures': figures, **weights,
+                'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'safe_step': safe_step.state_dict(),
+                'gan_optimizer': gan_optimizer.state_dict() if gan_optimizer else {}})
         runtime.barrier()
 
     if steps == 0:
         save({})
-    log = runtime.Log(f'{out_dir}/tokenizer.jsonl', first_step=step)
+    log = runtime.Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
     supply = batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers)
-    figures = {}
+    saving = runtime.Saving(save_every, save_seconds, dev)
     while step < steps:
         images = normalize(next(supply)[0].to(dev)).contiguous(memory_format=torch.channels_last)
         noise_of = runtime.shared_noise(runtime.generator(seed, step, 1))
@@ -257,7 +261,7 @@ def main():
         # and backwards
         scaler.scale(loss).backward()
         runtime.average_gradients(tokenizers)
-        norm = safe_step(list(tokenizers.parameters()), runtime.learning_rate(step, steps, lr, warmup))
+        norm = safe_step(list(tokenizers.parameters()), runtime.learning_rate(step, steps, lr, warmup), terms)
         finite = math.isfinite(norm)                        # else the step was skipped, and nothing else may learn from it
         if finite and lambda_gan and step >= gan_start:
             gan_optimizer.zero_grad(set_to_none=True)       # drops what the generator's loss left there
@@ -279,7 +283,7 @@ def main():
 
         if step % log_every == 0 or step == steps:
             means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm, skipped=safe_step.skipped)
+            log(step=step - 1, **means, grad_norm=norm, skipped=safe_step.skipped, spikes=safe_step.spikes)
             bar.set_postfix(loss=f'{means["l1"] + means["l2"]:.4f}', vq=f'{means["vq"]:.3f}')
         if step > warm_start and step % eval_every == 0 or step == steps:
             figures = validate(structure.eval(), alias, validation)
@@ -289,8 +293,10 @@ def main():
             bad = collapsed(figures['perplexity'], [batch_size * p * p for p in patch_nums])
             if bad:
                 runtime.say(f'warning: token maps {bad} use almost no codes; raise batch_size, reseed_until or lambda_focus')
-        if step % save_every == 0 or step == steps:
+        if saving.due(step, steps):
             save(figures)
+            saving.stop_if_asked(step)
+    saving.end()
     bar.close()
     if runtime.rank() == 0:
         draw(structure, validation[:8], f'{out_dir}/tokenizer.png')
@@ -298,7 +304,8 @@ def main():
 
 
 # settings that a resumed run may change
-MAY_CHANGE = ('init_from', 'out_dir', 'steps', 'workers', 'eval_every', 'eval_images', 'save_every', 'log_every', 'device')
+MAY_CHANGE = ('init_from', 'out_dir', 'steps', 'workers', 'eval_every', 'eval_images', 'save_every', 'save_seconds', 'log_every',
+              'log_to', 'device')
 
 
 def brief(numbers, digits=1):

@@ -423,8 +423,8 @@ BAD = {
     'no tokenizer': ('encode', '', missing('tokenizer.pt'), 'tokenizer.pt: no such checkpoint; train_tokenizer.py writes it'),
     'no student': ('sample', '', missing('student.pt'), 'student.pt: no such checkpoint; train_fvar.py writes it'),
     'nothing to resume': ('train_fvar', '--init_from=resume', missing('fvar_state.pt'), 'fvar_state.pt: no such checkpoint; train_fvar.py'),
-    'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None, '--init_from=elsewhere.pt: no such file; choose scratch, resume, a student.pt'),
-    'unknown start': ('train_tokenizer', '--init_from=student.pt', None, '--init_from=student.pt: no such file; choose scratch, resume or a published tokenizer'),
+    'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None, '--init_from=elsewhere.pt: no such file; choose scratch, resume, auto, a student.pt'),
+    'unknown start': ('train_tokenizer', '--init_from=student.pt', None, '--init_from=student.pt: no such file; choose scratch, resume, auto or a published tokenizer'),
     'truncated tokenizer': ('train_fvar', '', truncated('tokenizer.pt'), 'tokenizer.pt: can not be read (truncated or not a checkpoint)'),
     'truncated student': ('sample', '', truncated('student.pt'), 'student.pt: can not be read (truncated or not a checkpoint)'),
     'student for tokenizer': ('encode', '', swapped('tokenizer.pt', 'student.pt'), 'tokenizer.pt holds student, not tokenizer'),
@@ -531,7 +531,7 @@ def test_a_corrupt_image_is_skipped_with_a_warning_and_left_out_of_the_tokens(ru
 @pytest.mark.parametrize('script, file', [('train_tokenizer', 'tokenizer.pt'), ('train_fvar', 'student.pt'), ('sample', 'samples.png')])
 def test_a_full_disk_is_one_line_and_what_was_there_is_intact(run, copy, script, file):
     """The file that becomes `file` when it is whole is made to lie on a full disk."""
-    before, temporary = contents(copy), copy / f'.{file}.{os.getpid()}.tmp'
+    before, temporary = contents(copy), copy / f'.{file}.tmp'
     temporary.symlink_to('/dev/full')
     status, _, err = run(script, copy, *(['--steps=2'] if script != 'sample' else []))
     assert status == 1 and err.splitlines()[-1].startswith('error: disk full while writing a file')

@@ -289,7 +289,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
     steps, validations = log_of(stage2, 'fvar')
     terms = {'ce', 'total', 'teacher_ce', 'feature', 'kl', 'per_map'}
     for record, trust in zip(steps, [0.25, 0.5, 0.75] + 9 * [1]):                           # distill_warmup=4
-        assert record.keys() == terms | {'step', 'grad_norm', 'skipped'} and len(record['per_map']) == 3
+        assert record.keys() == terms | {'step', 'grad_norm', 'skipped', 'spikes'} and len(record['per_map']) == 3
         passed_on = record['feature'] + 0.5 * record['kl']
         assert record['total'] == pytest.approx(record['ce'] + record['teacher_ce'] + trust * passed_on)
         assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((4, 9, 36), record['per_map'])) / 49)
@@ -300,7 +300,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
 
 def test_every_term_of_the_tokenizers_loss_is_logged(stage1):
     steps, validations = log_of(stage1, 'tokenizer')
-    common = {'step', 'l1', 'l2', 'vq', 'alias_l2', 'alias_vq', 'grad_norm', 'skipped'}
+    common = {'step', 'l1', 'l2', 'vq', 'alias_l2', 'alias_vq', 'grad_norm', 'skipped', 'spikes'}
     assert [record.keys() == common for record in steps] == 3 * [True] + 9 * [False]        # no focus state in the warm start
     assert all(record.keys() == common | {'focus'} for record in steps[3:])
     assert all(len(validations[-1][f'val_{name}']) == 3 for name in ('psnr_states', 'perplexity', 'codes_used'))
