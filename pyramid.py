@@ -114,13 +114,25 @@ def convolve(images, weight, stride=1):
 
 
 def convolve_fft(images, weight):
-    """convolve(images, weight) by FFT: when no pixel is dropped it is cheaper for nearly every radius."""
-    margin = weight.shape[-1] // 2
+    """convolve(images, weight) by FFT: when no pixel is dropped it is cheaper for all but the smallest kernels."""
+    margin, (height, width) = weight.shape[-1] // 2, images.shape[-2:]
     padded = reflect_pad(images, margin)
-    size = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(weight.to(images), s=size)
+    size = [fast_length(n) for n in padded.shape[-2:]]
+    spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(weight.to(images), s=size)
     # the kernel sits in the corner, so the result is shifted by one margin: reading from 2·margin undoes that
-    return torch.fft.irfft2(spectrum, s=size)[..., 2 * margin:, 2 * margin:]
+    return torch.fft.irfft2(spectrum, s=size)[..., 2 * margin:2 * margin + height, 2 * margin:2 * margin + width]
+
+
+def fast_length(n):
+    """The least number ≥ n without a prime factor above 5: an FFT of 258 = 2·3·43 takes three times one of 270."""
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 1
 
 
 def defocus(images, radius, kernel='disk'):
@@ -129,7 +141,9 @@ def defocus(images, radius, kernel='disk'):
     radius in pixels of `images`. Raises UserError if the kernel is larger than the image.
     """
     weight = psf(radius, kernel)
-    return images if weight.numel() == 1 else convolve_fft(images, weight)
+    if weight.numel() == 1:
+        return images
+    return convolve(images, weight) if len(weight) <= 3 else convolve_fft(images, weight)
 
 
 def decimate(images, size):
