@@ -332,10 +332,11 @@ def growth():
 
     Memory a GPU: 16 bytes a parameter (float32 weights, gradients, Adam), a share of them with FSDP; activations of a
     block 34·width bytes a token in 16 bits (Korthikanti et al. 2022, without the attention matrix, which is never kept), or
-    2·width when blocks are recomputed; logits 10 bytes a code and token. No workspace, no fragmentation.
+    2·width when blocks are recomputed; logits 10 bytes a code and token. No workspace, no fragmentation. `encoding` is what
+    computing the structure tokens at every step, instead of reading token files, would add.
     """
     runtime.say(f'computed, not measured: 8 × A100-80G at {share:.0%} of peak, 256 pictures a step\n'
-                f'{"":10} {"params":>8} {"tokens":>7} {"TFLOP/img":>10} {"hours":>7} {"GiB a GPU":>10} {"recomputed":>11} {"and FSDP":>9}')
+                f'{"":10} {"params":>8} {"tokens":>7} {"TFLOP/img":>10} {"encoding":>9} {"hours":>7} {"GiB a GPU":>10} {"recomputed":>11} {"and FSDP":>9}')
     table = []
     for name, (one, two) in PAPER.items():
         first, second = settings(train_tokenizer, f'config/{one}.py'), settings(train_fvar, f'config/{two}.py')
@@ -348,16 +349,19 @@ def growth():
             side = torch.zeros(1, sum(p * p for p in alias.patch_nums), dtype=torch.int64)
             inputs = torch.zeros(1, tokens.shape[1] - student.lengths[0], structure.quantizer.codebook.embedding_dim)
             work = flops(lambda: network(torch.zeros(1, dtype=torch.int64), inputs, tokens, side)['total'].backward())
+            picture = torch.zeros(1, 3, structure.image_size, structure.image_size)
+            encoding = flops(lambda: structure.features(picture)) * len({max(radius, 0.5) for radius in structure.radii})
         length, width = tokens.shape[1], student.word_embed.out_features
-        parameters, blocks, images = sum(p.numel() for p in network.parameters()), len(student.blocks) + len(teacher.blocks), 256 / 8
+        parameters, blocks = sum(p.numel() for p in network.parameters()), len(student.blocks) + len(teacher.blocks)
+        images = second['batch_size'] / second['accumulate'] / 8
         states, kept = 16 * parameters, 34 * width * length * images
         logits = 10 * student.head.out_features * length * images * (1 + sum(student.lengths[-second['alias_scales']:]) / length)
         memory = [states + logits + kept * blocks, states + logits + kept + 2 * width * length * images * blocks]
         memory.append(memory[1] - states * 7 / 8)
-        hours = work * 256 * second['steps'] / (8 * A100 * share) / 3600
-        table.append({'config': name, 'parameters': parameters, 'tokens': length, 'flop_an_image': work, 'hours': hours,
+        hours = work * second['batch_size'] * second['steps'] / (8 * A100 * share) / 3600
+        table.append({'config': name, 'parameters': parameters, 'tokens': length, 'flop_an_image': work, 'flop_to_encode': encoding, 'hours': hours,
                       'gib': [m / 2 ** 30 for m in memory]})
-        runtime.say(f'{name:10} {parameters / 1e6:7.0f}M {length:7} {work / 1e12:10.2f} {hours:7.0f} '
+        runtime.say(f'{name:10} {parameters / 1e6:7.0f}M {length:7} {work / 1e12:10.2f} {encoding / 1e12:9.2f} {hours:7.0f} '
                     + ''.join(f'{m / 2 ** 30:{w}.0f}' for m, w in zip(memory, (10, 12, 10))))
     return table
 
