@@ -30,13 +30,13 @@ test: $(VENV)/installed
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
 	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/focus.gif figures/
-	$(call run,sample) --per_class=6 --edit=zone_plate --mask=16,0,32,32
+	$(call run,sample) --per_class=6 --edit=checkerboard --mask=8,8,24,24
 	cp $(OUT)/edit.png figures/inpainting.png
 	$(call run,sample) --per_class=6 --edit=slanted_edge --mask=0,0,16,32 --class=7
 	cp $(OUT)/edit.png figures/class_edit.png
-	$(call run,sample) --per_class=6 --edit=line_grating --outpaint=8,8,8,8 --class=2
+	$(call run,sample) --per_class=6 --edit=concentric_rings --outpaint=8,8,8,8 --class=7
 	cp $(OUT)/outpaint.png figures/outpainting.png
-	$(python) pyramid.py siemens_star --image_size=32 --blur=2 --out=$(OUT)/blurred.png
+	$(python) pyramid.py text --image_size=32 --blur=2 --out=$(OUT)/blurred.png
 	$(call run,sample) --per_class=6 --refocus=$(OUT)/blurred.png --radius=2
 	cp $(OUT)/refocus.png figures/refocusing.png
 

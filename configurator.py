@@ -57,8 +57,13 @@ def settings_of_all_scripts():
 
 
 def check_type(name, value, default):
-    """The value converted to the default's type (int → float, list → tuple), or a UserError."""
+    """The value converted to the default's type (int → float, list → tuple), or a UserError.
+
+    A number may be negative only where the default is (−1 for "choose for me"), and must be finite.
+    """
     wanted = type(default)
+    if wanted in (int, float) and type(value) in (int, float) and not min(default, 0) <= value < 2 ** 63:
+        raise UserError(f'--{name}={value}: must be at least {min(default, 0)} and less than 2^63')
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is tuple and type(value) in (list, tuple):

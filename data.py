@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -369,9 +370,15 @@ class ImageFolder(Dataset):
 
 
 def open_dataset(data, split, image_size, count=None, augment=True, seed=0):
-    """'charts' (count images, by default 12,000 for train and 1,000 for val) or a folder of images (all of them)."""
-    if data == 'charts':
-        return Charts(split, image_size, count or (12_000 if split == 'train' else 1_000), seed)
+    """'charts' (count images, by default 12,000 for train and 1,000 for val) or a folder of images (all of them).
+
+    'charts:4000' has that many for train. UserError if that is no number.
+    """
+    name, _, many = data.partition(':')
+    if name == 'charts':
+        if many and not many.isdecimal():
+            raise UserError(f'data={data!r}: write charts, or how many to train on as in charts:4000')
+        return Charts(split, image_size, count or (int(many or 12_000) if split == 'train' else 1_000), seed)
     return ImageFolder(data, split, image_size, augment, seed=seed)
 
 
@@ -437,11 +444,17 @@ def fetch(dataset, batches_of_keys, workers):
     # fork, because a spawned worker would import, and so run, the script that wants the data; and a
     # generator of its own, because the loader would otherwise draw from the one that training restores
     loader = DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, generator=torch.Generator(),
-                        multiprocessing_context='fork' if workers else None)
+                        multiprocessing_context='fork' if workers else None, worker_init_fn=leave_signals_to_training)
     try:
         yield from loader
     except UserError as error:                              # a worker's comes wrapped in its traceback
         raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+
+
+def leave_signals_to_training(worker):
+    """A cluster, or Ctrl-C, signals every process of a job; the step that is finished before the end needs its images."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # -----------------------------------------------------------------------------
@@ -473,8 +486,8 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     path, description = Path(path), Path(f'{path}.json')
     if runtime.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        begun = json.loads(description.read_text(encoding='utf-8')) if description.is_file() else None
-        if begun and begun != made_with:
+        begun = runtime.read_json(description)
+        if isinstance(begun, dict) and begun != made_with:
             other = [name for name in begun | made_with if begun.get(name) != made_with.get(name)]
             runtime.say(f'{path} was begun with other settings ({", ".join(other)}): it is begun anew')
         if begun != made_with or not path.is_file() or path.stat().st_size != rows * columns * np.dtype(dtype).itemsize:

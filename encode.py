@@ -46,15 +46,23 @@ class Rows(torch.utils.data.Dataset):
         return image, UNREADABLE if index in self.dataset.skipped else label
 
 
-def compact(path, table):
-    """Drops the rows of unreadable images, if any; returns how many rows are left."""
+def finish(partial, table, final):
+    """Gives the table its final name, without the rows of unreadable images; returns how many rows are left."""
     good = np.flatnonzero(table[:, -1] != UNREADABLE)
-    if len(good) < len(table):
-        for first in range(0, len(good), 4096):             # rows only move up, so this is safe in place
-            table[first:first + len(good[first:first + 4096])] = table[good[first:first + 4096]]
-        table.flush()
-        os.truncate(path, len(good) * table.shape[1] * 2)
+    if len(good) == len(table):
+        os.replace(partial, final)
+    else:                                                   # a copy: a kill while rows move up would leave some twice
+        with runtime.atomic_write(final) as file:
+            for first in range(0, len(good), 4096):
+                file.write(table[good[first:first + 4096]].tobytes())
     return len(good)
+
+
+def is_there(final, meta):
+    """Whether an earlier run, stopped in the other split, has made the whole file."""
+    description = final.with_suffix('.json')
+    size = meta['rows'] * meta['columns'] * 2
+    return runtime.read_json(description) == meta and final.is_file() and final.stat().st_size == size
 
 
 def encode_split(split, structure, alias, stage1, dev, autocast):
@@ -71,6 +79,9 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')
 
     final = Path(out_dir, 'tokens', f'{split}.bin')
+    if is_there(final, meta):
+        runtime.say(f'{final} is there already, made of the same; remove it to make it again')
+        return
     partial = final.with_suffix('.partial')
     table = open_table(partial, meta, rows, columns, np.uint16, NOT_YET)
     undone = undone_batches(table, batch_size, NOT_YET)
@@ -88,11 +99,10 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     runtime.barrier()
 
     if runtime.rank() == 0:
-        kept = compact(partial, table)
+        final.with_suffix('.json').unlink(missing_ok=True)   # the old pair goes before the new one comes
+        kept = finish(partial, table, final)
         if kept < rows:
             runtime.say(f'warning: {rows - kept} of {rows} rows of {split} left out: their images can not be read')
-        final.with_suffix('.json').unlink(missing_ok=True)   # the old pair goes before the new one comes
-        os.replace(partial, final)
         runtime.write_json(final.with_suffix('.json'), meta | {'rows': kept})
         close_table(partial)
         runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')

@@ -284,7 +284,8 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
             runtime.load_weights(cnn, saved['cnn'], path)
             return cnn.eval(), saved['accuracy']
         runtime.say(f'{path} was trained on other data or with other settings: training it again, figures may shift')
-    cnn = train_cnn(*train, len(classes), cnn_steps, cnn_batch, cnn_lr, augment=data_name != 'charts', device=dev, seed=cnn_seed)
+    cnn = train_cnn(*train, len(classes), cnn_steps, cnn_batch, cnn_lr, device=dev, seed=cnn_seed,
+                    augment=data_name.partition(':')[0] != 'charts')
     accuracy = share(look(cnn, held_out[0])[1] == held_out[1])
     runtime.save_checkpoint(path, {'kind': 'cnn', 'settings': settings, 'accuracy': accuracy, 'cnn': cnn.state_dict()})
     return cnn, accuracy

@@ -71,10 +71,12 @@ def barrier():
 
 
 def share_of_batch(batch_size, accumulate=1):
-    """How many samples of the global batch one rank takes at a time; UserError if it does not divide."""
+    """How many samples of the global batch one rank takes at a time; UserError if it does not divide, or fits no memory."""
     if batch_size < 1 or accumulate < 1 or batch_size % (world_size() * accumulate):
         raise UserError(f'batch_size={batch_size} is not a multiple of {world_size()} ranks × '
                         f'accumulate={accumulate}')
+    if batch_size > 2 ** 20:
+        raise UserError(f'batch_size={batch_size}: must be at most {2 ** 20}')
     return batch_size // (world_size() * accumulate)
 
 
@@ -83,6 +85,13 @@ def require_positive(settings, *names):
     for name in names:
         if settings[name] < 1:
             raise UserError(f'{name}={settings[name]}: must be at least 1')
+
+
+def require_shares(settings, *names):
+    """UserError for the first of these settings that is above 1."""
+    for name in names:
+        if settings[name] > 1:
+            raise UserError(f'{name}={settings[name]}: is a share, at most 1')
 
 
 def local_slice(tensor, dim=0):
@@ -233,7 +242,9 @@ def learning_rate(step, steps, peak, warmup, final=0.1):
 
 
 def adamw(module, lr, betas, weight_decay):
-    """AdamW that decays matrices and kernels only: biases, gains, embeddings of one row are left alone."""
+    """AdamW that decays matrices and kernels only: biases, gains, embeddings of one row are left alone. UserError for odd betas."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f'betas={betas}: give two numbers of at least 0 and less than 1')
     parameters = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if sum(n > 1 for n in p.shape) >= 2]
     others = [p for p in parameters if sum(n > 1 for n in p.shape) < 2]

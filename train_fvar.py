@@ -181,6 +181,7 @@ def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
+    runtime.require_shares(config, 'class_dropout', 'drop_path')
     runtime.share_of_batch(batch_size, accumulate)          # says so at once if it does not divide
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, stage1 = load_tokenizers(tokenizer_file, dev)

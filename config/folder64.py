@@ -13,10 +13,13 @@ if script == 'train_tokenizer':
     eval_every, save_every = 500, 500
 
 if script == 'encode':
-    crops = 4
+    crops = 1                           # more of them cost as much time again, and pay in longer runs
 
 if script == 'train_fvar':
     depth, width, num_heads = 4, 256, 4
     teacher_blocks = 1
-    steps, batch_size, lr, warmup = 1000, 32, 1e-3, 100
-    eval_every, save_every = 250, 500
+    steps, batch_size, lr, warmup = 1200, 16, 1e-3, 100
+    eval_every, save_every = 300, 600
+
+if script in ('sample', 'evaluate'):
+    cfg, top_p = 3.0, 0.8

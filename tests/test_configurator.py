@@ -102,7 +102,7 @@ def test_an_imported_script_keeps_its_defaults_and_a_started_one_does_not(toy_fi
     ('--steps=2_000', 2000),
     ('--rate=1e-5', 1e-5),
     ('--rate=3', 3.0),
-    ('--second=-1', -1.0),
+    ('--second=0', 0.0),
     ('--on=False', False),
     ('--flag', True),
     ('--flag=True', True),
@@ -129,6 +129,10 @@ def test_a_value_takes_the_type_of_its_default(toy, argument, value):
     ('--steps=many', "--steps takes int .*got str 'many'"),
     ('--steps=', "--steps takes int .*got str ''"),
     ('--rate=True', '--rate takes float .*got bool True'),
+    ('--steps=-1', '--steps=-1: must be at least 0 and less than 2.63'),
+    ('--rate=-1e-9', '--rate=-1e-09: must be at least 0'),
+    ('--rate=1e999', '--rate=inf: must be at least 0 and less than'),
+    ('--steps=9223372036854775808', 'less than 2.63'),
     ('--rate=fast', '--rate takes float .*got str'),
     ('--flag=1', '--flag takes bool .*got int 1'),
     ('--flag=false', "--flag takes bool .*got str 'false'"),
@@ -156,6 +160,12 @@ def test_a_mistyped_argument_is_named(toy, argument, message):
 def test_check_type_gives_tuples_for_the_lists_of_a_config_file():
     assert check_type('sizes', [4, 5], (1,)) == (4, 5)
     assert type(check_type('rate', 2, 1.0)) is float
+
+
+def test_a_number_may_be_negative_where_its_default_is():
+    assert check_type('drop_path', -1, -1.0) == -1.0
+    with pytest.raises(UserError, match='--drop_path=-2: must be at least -1.0'):
+        check_type('drop_path', -2, -1.0)
 
 
 def test_nothing_given_overrides_nothing(toy):
@@ -221,6 +231,7 @@ def test_settings_of_another_script_are_left_alone(toy, config):
     ('steps = 1.5\n', '--steps takes int .*got float 1.5'),
     ('flag = 1\n', '--flag takes bool'),
     ('sizes = [1, "2"]\n', '--sizes takes ints'),
+    ('rate = float("nan")\n', '--rate=nan: must be'),
 ])
 def test_a_mistake_in_a_config_file_is_named(toy, config, text, message):
     with pytest.raises(UserError, match=message) as error:

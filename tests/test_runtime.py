@@ -5,7 +5,11 @@ import io
 import json
 import math
 import os
+import signal
 import struct
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,9 +190,9 @@ def descent(grad_clip=1.0, scaler=None):
     parameter = nn.Parameter(torch.zeros(2))
     safe_step = SafeStep(torch.optim.SGD([parameter], lr=123.0), scaler or precision('float32', CPU)[1], grad_clip)
 
-    def step(*gradient, lr=1.0):
+    def step(*gradient, lr=1.0, **terms):
         parameter.grad = torch.tensor(gradient)
-        return safe_step([parameter], lr)
+        return safe_step([parameter], lr, {name: torch.tensor(value) for name, value in terms.items()})
     return parameter, step, safe_step
 
 
@@ -241,8 +245,142 @@ def test_a_float16_scaler_may_skip_its_way_down_to_one():
         step(math.inf, 1.0)
 
 
+def test_the_term_that_went_first_is_named():
+    _, step, _ = descent()
+    step(1.0, 0.0, ce=2.0, kl=0.1)
+    step(math.nan, 0.0, ce=2.0, kl=math.inf, per_map=[1.0, math.nan])
+    for _ in range(8):
+        step(math.nan, 0.0, ce=math.nan, kl=math.nan)
+    with pytest.raises(FloatingPointError, match='not finite, first kl, per_map in step 1; the last checkpoint is intact') as error:
+        step(math.nan, 0.0, ce=math.nan, kl=math.nan)
+    assert one_line(error)
+
+
+def test_a_gradient_may_go_first():
+    _, step, _ = descent()
+    with pytest.raises(FloatingPointError, match='not finite, first a gradient in step 0'):
+        for _ in range(10):
+            step(math.nan, 0.0, ce=2.0)
+
+
+def test_a_spike_is_a_gradient_ten_times_as_long_as_usual(capsys):
+    _, step, safe_step = descent()
+    for norm in [30.0] + 119 * [1.0]:                       # the first hundred are not judged
+        step(norm, 0.0)
+    assert capsys.readouterr().out == '' and safe_step.spikes == 0
+    step(25.0, 0.0)
+    assert capsys.readouterr().out == 'warning: spike in step 120: gradient norm 25, usually 1.24\n'
+    step(25.0, 0.0)                                         # the first has not become usual
+    step(2.0, 0.0)
+    assert safe_step.spikes == 2 and capsys.readouterr().out.count('\n') == 1
+
+
+def test_a_resumed_run_goes_on_counting():
+    _, step, one = descent()
+    for norm in (1.0, 2.0, math.nan, 4.0, math.inf):
+        step(norm, 0.0, ce=norm)
+    _, _, other = descent()
+    other.load_state_dict(torch.load(io.BytesIO(saved_bytes(one.state_dict())), weights_only=True))
+    assert other.state_dict() == one.state_dict() and (other.taken, other.skipped, other.in_a_row) == (3, 2, 1)
+
+
+def saved_bytes(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+# -----------------------------------------------------------------------------
+# when to save, and when to stop
+
+@pytest.fixture
+def saving():
+    """Makes a Saving that ends with the test."""
+    made = []
+    yield lambda every=5, seconds=0.0: made.append(runtime.Saving(every, seconds, CPU)) or made[-1]
+    for one in reversed(made):
+        one.end()
+
+
+def test_a_run_is_saved_every_so_many_steps_and_at_its_end(saving):
+    one = saving(every=5)
+    assert [step for step in range(1, 18) if one.due(step, 17)] == [5, 10, 15, 17]
+
+
+def test_a_run_is_saved_every_so_many_seconds(saving, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    one, due = saving(every=6, seconds=30.0), []
+    for step in range(1, 12):
+        now[0] += 10
+        due += [step] if one.due(step, 100) else []
+    assert due == [3, 6, 9]                                 # the seconds count from the last save, whatever it was for
+
+
+def test_the_seconds_are_those_of_rank_0(saving, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    one = saving(every=100, seconds=1e-9)
+    assert not one.due(1, 100)
+    monkeypatch.setattr(runtime, 'all_reduce_max', lambda tensor: torch.tensor([0, 1]))
+    assert one.due(2, 100)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, capsys):
+    before = signal.getsignal(number)
+    one = saving(every=100)
+    assert not one.due(1, 100)
+    os.kill(os.getpid(), number)
+    assert one.due(2, 100)
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(lambda: one.stop_if_asked(2))
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert capsys.readouterr().err == f'error: stopped by {number.name} after step 2 and saved; --init_from=resume goes on\n'
+
+
+def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setattr(runtime, 'all_reduce_max', lambda tensor: torch.maximum(tensor, torch.tensor([15, 0])))
+    one = saving(every=100)
+    assert one.due(7, 100)
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(lambda: one.stop_if_asked(7))
+    assert stop.value.code == 143 and capsys.readouterr().err == ''     # rank 0 says it
+
+
+def test_a_second_interrupt_does_not_wait(saving):
+    saving()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_without_a_signal_nothing_stops(saving):
+    one = saving()
+    one.due(5, 5)
+    one.stop_if_asked(5)
+
+
+def test_auto_resumes_what_there_is(tmp_path):
+    file = tmp_path / 'state.pt'
+    assert [runtime.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, False, True, False]
+    runtime.previous(file).touch()                          # as a kill between two renames leaves it
+    assert [runtime.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, True, True, False]
+
+
 # -----------------------------------------------------------------------------
 # files
+
+def test_what_a_kill_left_is_overwritten(tmp_path):
+    (tmp_path / '.a.txt.tmp').write_text('half of something longer')
+    with atomic_write(tmp_path / 'a.txt', 'w') as file:
+        file.write('whole')
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.txt', 'whole')]
+
 
 def test_atomic_write_makes_folders_and_leaves_only_the_file(tmp_path):
     with atomic_write(tmp_path / 'new' / 'deep' / 'a.bin') as file:
@@ -309,6 +447,14 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(chec
     os.truncate(checkpoint, int(share * checkpoint.stat().st_size))
     assert load_checkpoint(checkpoint, 'toy')['step'] == 1
     assert capsys.readouterr().err == f'warning: {checkpoint} is damaged; going back to {checkpoint}.previous\n'
+
+
+def test_one_wrong_bit_falls_back_to_the_one_before(checkpoint, capsys):
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(struct.pack('<f', 2.0))] ^= 1
+    checkpoint.write_bytes(content)
+    assert load_checkpoint(checkpoint, 'toy')['step'] == 1
+    assert 'is damaged; going back' in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_gone_falls_back_to_the_one_before_with_a_warning(checkpoint, capsys):
@@ -450,6 +596,44 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert (tmp_path / 'a.jsonl').read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(b'{"step": 0}\n\x00\x00\xff\n5\n{"loss": 1}\n{"step": null}\n{"step": 1}\n')
+    assert read_log(tmp_path / 'a.jsonl') == [{'step': 0}, {'step': 1}]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    Log(tmp_path / 'a.jsonl')(step=0, ce=math.nan, per_map=[1.0, math.inf], skipped=3)
+    assert (tmp_path / 'a.jsonl').read_text() == '{"step": 0, "ce": null, "per_map": [1.0, null], "skipped": 3}\n'
+
+
+@pytest.mark.parametrize('to', ['tensorboard', 'wandb'])
+def test_a_writer_that_is_not_installed_names_its_package(tmp_path, monkeypatch, to):
+    monkeypatch.setitem(sys.modules, {'tensorboard': 'torch.utils.tensorboard'}.get(to, to), None)
+    with pytest.raises(UserError, match=f'--log_to={to} needs a package that is not installed: pip install {to}') as error:
+        Log(tmp_path / 'a.jsonl', to=to)
+    assert one_line(error) and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_writer_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='--log_to=excel: choose tensorboard or wandb'):
+        Log(tmp_path / 'a.jsonl', to='excel')
+
+
+def test_writers_are_shown_every_number(tmp_path, monkeypatch):
+    shown, made = [], []
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: shown.append((step, name, value)))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: made.append((folder, purge_step)) or writer))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
+        init=lambda **named: made.append(named) or SimpleNamespace(log=lambda numbers: shown.append(numbers))))
+    for to in ('tensorboard', 'wandb'):
+        Log(tmp_path / 'out' / 'fvar.jsonl', 7, to, {'lr': 1})(step=7, ce=2.0, per_map=[1.0, 3.0])
+    assert made[0] == (tmp_path / 'out' / 'tensorboard' / 'fvar', 7)
+    assert made[1] == dict(project='fvar', name='out fvar', dir=tmp_path / 'out', config={'lr': 1})
+    assert shown[:3] == [(7, 'ce', 2.0), (7, 'per_map/0', 1.0), (7, 'per_map/1', 3.0)]
+    assert shown[3:] == [{'ce': 2.0, 'per_map/0': 1.0, 'per_map/1': 3.0, 'step': 7}]
+
+
 def test_a_log_that_is_not_there_is_empty(tmp_path):
     assert read_log(tmp_path / 'a.jsonl') == []
 
@@ -477,6 +661,11 @@ def fails(error):
     (UserError('--steps takes int'), 2, '--steps takes int'),
     (FloatingPointError('ten steps in a row'), 1, 'ten steps in a row'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'), 1, 'out of GPU memory: lower --batch_size'),
+    (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
+    (RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.'), 1, 'out of memory: lower --batch_size'),
+    (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1, 'a process that decodes images died (DataLoader worker'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': too long a name'),
     (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
     (OSError(errno.EDQUOT, 'Disk quota exceeded', 'out/a.pt'), 1, 'disk full while writing out/a.pt'),
     (PermissionError(errno.EACCES, 'Permission denied', 'out/a.pt'), 2, 'no permission for out/a.pt'),
@@ -491,7 +680,17 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
     assert shown.err.startswith(f'error: {message}') and shown.err.count('\n') == 1
 
 
-@pytest.mark.parametrize('error', [ValueError('a bug'), OSError(errno.EIO, 'Input/output error')])
+def test_out_of_memory_names_the_setting_to_lower(capsys):
+    for settings, message in (({'accumulate': 1, 'batch_size': 8}, 'raise --accumulate (now 1) or set --recompute=True'),
+                              ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size'), ({}, 'lower --batch_size')):
+        scope = settings | {'torch': torch}
+        exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)
+        with pytest.raises(SystemExit):
+            runtime.run(scope['main'])
+        assert capsys.readouterr().err.startswith(f'error: out of GPU memory: {message}')
+
+
+@pytest.mark.parametrize('error', [ValueError('a bug'), RuntimeError('shapes'), OSError(errno.EIO, 'Input/output error')])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         runtime.run(fails(error))

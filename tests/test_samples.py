@@ -241,7 +241,7 @@ def test_a_partial_file_that_was_cut_short_is_not_trusted(samples, whole, interr
 @pytest.mark.parametrize('arguments, message', [
     (['--num_samples=31'], '31 samples can not be equally many of each of 3 classes: take 30 or 33'),
     (['--num_samples=2'], '2 samples can not be equally many of each of 3 classes: take 3'),
-    (['--num_samples=-3'], '--num_samples=-3: give a number'),
+    (['--num_samples=-3'], '--num_samples=-3: must be at least 0'),
     (['--num_samples=30', '--classes=1'], 'and no --classes'),
     (['--out={folder}/samples.npz'], 'samples.npz: give --num_samples=NUMBER'),
     (['--num_samples=30', '--out={folder}'], 'a file that ends in .npz'),

@@ -1,7 +1,9 @@
 """The promises about training: any number of ranks, any interruption, any number of passes a step give the same run."""
 import itertools
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -250,6 +252,44 @@ def test_resumed_tokenizers_are_the_uninterrupted_ones_bit_for_bit(data, tmp_pat
     assert logs[0] == logs[1] and [r['step'] for r in log_of(tmp_path / 'parts', 'tokenizer')[0]] == list(range(12))
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_mid_step_saves_that_step_and_nothing_is_lost(stage1, stage2, tmp_path, monkeypatch, number):
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path), save_every=6, init_from='auto')
+    with monkeypatch.context() as patch, pytest.raises(runtime.Stopped, match=f'{number.name} after step 9 and saved'):
+        patch.setattr(runtime, 'learning_rate', lambda step, *rest, rate=runtime.learning_rate: (
+            os.kill(os.getpid(), number) if step == 8 else None, rate(step, *rest))[1])
+        run(train_fvar, **settings)
+    assert state_of(tmp_path / 'fvar_state.pt')['/step'] == state_of(tmp_path / 'student.pt')['/step'] == 9
+    assert log_of(tmp_path, 'fvar')[0] == log_of(stage2, 'fvar')[0][:9]
+    run(train_fvar, **settings)
+    for name in ('fvar_state.pt', 'student.pt'):
+        assert not differing(state_of(tmp_path / name), state_of(stage2 / name))
+    assert (tmp_path / 'fvar.jsonl').read_text() == (stage2 / 'fvar.jsonl').read_text()
+
+
+def test_a_signal_in_mid_step_saves_the_tokenizers(train_stage1, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(runtime.Stopped, match='SIGTERM after step 5 and saved'):
+        patch.setattr(runtime, 'learning_rate', lambda step, *rest, rate=runtime.learning_rate: (
+            os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None, rate(step, *rest))[1])
+        train_stage1(init_from='auto')
+    assert state_of(tmp_path / 'tokenizer_state.pt')['/step'] == state_of(tmp_path / 'tokenizer.pt')['/step'] == 5
+
+
+def test_what_was_measured_last_is_not_forgotten_by_a_resumed_run(train, tmp_path):
+    """A checkpoint carries the last validation's figures; nothing is measured between the resume and the next save."""
+    train(steps=8, eval_every=5, save_every=6, init_from='auto')
+    figures = state_of(runtime.previous(tmp_path / 'student.pt'), 'figures')
+    (tmp_path / 'fvar_state.pt').unlink()                   # back to step 6
+    train(steps=8, eval_every=100, save_every=7, init_from='auto')
+    assert state_of(runtime.previous(tmp_path / 'student.pt'))['/step'] == 7
+    assert state_of(runtime.previous(tmp_path / 'student.pt'), 'figures') == figures and figures
+
+
+def test_a_run_is_saved_between_its_steps_when_the_seconds_are_over(train, tmp_path):
+    train(steps=3, save_every=100, save_seconds=1e-6, eval_every=100)
+    assert [state_of(file)['/step'] for file in (tmp_path / 'fvar_state.pt', tmp_path / 'fvar_state.pt.previous')] == [3, 2]
+
+
 @pytest.mark.parametrize('change', [{'lr': 1e-3}, {'batch_size': 4}, {'distill': False}, {'depth': 3}, {'seed': 1}], ids=str)
 def test_a_student_is_not_resumed_with_other_settings(train, stage2, tmp_path, change):
     shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
@@ -410,3 +450,19 @@ def test_a_picture_that_is_not_finite_leaves_all_weights_finite(train_stage1, tm
     assert [record['skipped'] for record in log_of(tmp_path, 'tokenizer')[0]] == [0, 0, 0, 1, 1, 1]
     weights = state_of(tmp_path / 'tokenizer_state.pt', 'structure', 'alias', 'discriminator')
     assert not [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+
+
+# -----------------------------------------------------------------------------
+# long runs
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='no /proc')
+def test_neither_memory_nor_open_files_grow(stage1, train, monkeypatch):
+    """Over 300 steps, with a validation and a checkpoint every tenth."""
+    def usage():
+        return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, len(os.listdir('/proc/self/fd'))
+
+    seen, rate = {}, runtime.learning_rate
+    monkeypatch.setattr(runtime, 'learning_rate', lambda step, *rest: (seen.update({step: usage()}), rate(step, *rest))[1])
+    train(steps=301, depth=1, distill=False, log_every=10, eval_every=10, save_every=10)
+    (early, files_early), (late, files_late) = seen[100], seen[300]
+    assert late - early < 8 and files_late == files_early, f'{early:.0f} MiB, then {late:.0f}'
