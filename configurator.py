@@ -160,6 +160,8 @@ def parse(namespace, arguments, positional=None):
             values[positional] = argument
         else:
             raise UserError(f'{argument}: expected a config file (something.py) or --name=value')
+    if values.get('out_dir') == '':                         # or "/tokenizer.pt" would be written
+        raise UserError('--out_dir=: name a folder; . is this one')
     return values
 
 

@@ -9,11 +9,13 @@ Pictures stay uint8 (3, S, S) until the device has them; normalize() makes them 
 sample comes when, and how it is cropped, depends on (seed, sample number) alone: a run that resumes at
 another batch, or on another number of ranks, sees what it would have seen.
 """
+import errno
 import itertools
 import json
 import math
 import os
 import signal
+import threading
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -259,6 +261,8 @@ def read_picture(path, least_side):
     A JPEG may come at 1/2, 1/4 or 1/8 of its size, but never with a shorter side below least_side (px).
     Raises whatever Pillow does on a file that can not be read; it has no common error class.
     """
+    if os.path.exists(path) and not os.path.isfile(path):   # a pipe would be waited for, for ever
+        raise OSError('it is no file')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                     # odd EXIF and the like: the pixels are fine
         warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -452,9 +456,19 @@ def fetch(dataset, batches_of_keys, workers):
 
 
 def leave_signals_to_training(worker):
-    """A cluster, or Ctrl-C, signals every process of a job; the step that is finished before the end needs its images."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A cluster, or Ctrl-C, signals every process of a job; the step that is finished before the end needs its images.
+
+    SIGTERM from training itself is obeyed: that is how loaders end their workers.
+    """
+    def obey_training():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):                      # not on a Mac, which is no cluster
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_training, daemon=True).start()
 
 
 # -----------------------------------------------------------------------------
@@ -504,9 +518,9 @@ def reserve(path, rows, columns, dtype, not_yet):
     with open(path, 'wb') as file:
         try:
             os.posix_fallocate(file.fileno(), 0, rows * columns * np.dtype(dtype).itemsize)
-        except OSError:
+        except (OSError, OverflowError) as error:
             path.unlink()
-            raise
+            raise OSError(getattr(error, 'errno', errno.EFBIG), str(error), str(path)) from None
     np.memmap(path, dtype, 'r+', shape=(rows, columns))[:, -1] = not_yet
 
 

@@ -430,6 +430,17 @@ def previous(path):
     return Path(path).with_name(Path(path).name + '.previous')
 
 
+class Contents(dict):
+    """A dictionary from a file: a name that is not in it is the file's fault."""
+
+    def __init__(self, values, path):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, name):
+        raise UserError(f'{self.path} holds no {name!r}: it was made by another version of this code')
+
+
 def load_checkpoint(path, kind, device='cpu', made_by=''):
     """Reads what save_checkpoint wrote; checkpoint['kind'] must equal kind.
 
@@ -450,7 +461,7 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
     found = checkpoint.get('kind') if isinstance(checkpoint, dict) else None
     if found != kind:
         raise UserError(f'{file} holds {found or "something else"}, not {kind}')
-    return checkpoint
+    return Contents({name: Contents(value, file) if name == 'config' else value for name, value in checkpoint.items()}, file)
 
 
 def read_weights(path, device='cpu', errors=True):
@@ -473,7 +484,10 @@ def read_weights(path, device='cpu', errors=True):
 
 
 def load_weights(module, state_dict, name):
-    """load_state_dict, with one line instead of a page when the shapes differ."""
+    """load_state_dict, with one line instead of a page when the shapes differ; UserError for NaN and infinities too."""
+    for key, weight in state_dict.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(f'{name} holds numbers that are not finite, in {key}: take an older one')
     try:
         module.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -632,8 +646,8 @@ def run(main):
             fail(f'{error.filename}: a file where a folder should be, or the other way round: choose another --out_dir', 2)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(f'no permission for {error.filename}: change its rights, or choose another --out_dir', 2)
-        if error.errno == errno.ENAMETOOLONG:
-            fail(f'{error.filename}: too long a name', 2)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EFBIG):
+            fail(f'{error.filename or "a file"}: {os.strerror(error.errno)}', 2)
         raise
     except KeyboardInterrupt:
         fail('interrupted', 130)
@@ -647,7 +661,7 @@ def less_memory(main):
     settings = main.__globals__
     if 'accumulate' in settings:
         return f'raise --accumulate (now {settings["accumulate"]}) or set --recompute=True; neither changes what is learnt'
-    return 'lower --batch_size' + (' or --image_size' if 'image_size' in settings else '')
+    return 'lower --batch_size' + ''.join(f' or --{name}' for name in ('image_size', 'num_samples') if name in settings)
 
 
 def fail(message, status):

@@ -444,6 +444,8 @@ def check_sizes(image_size, patch_nums, channel_mult):
     f = 2 ** (len(channel_mult) - 1)
     if not patch_nums or list(patch_nums) != sorted(set(patch_nums)) or patch_nums[0] < 1:
         raise UserError(f'patch_nums={tuple(patch_nums)} must grow from a number ≥ 1')
+    if min(channel_mult, default=0) < 1:
+        raise UserError(f'channel_mult={tuple(channel_mult)}: give numbers of at least 1')
     if image_size != f * patch_nums[-1]:
         raise UserError(f'image_size={image_size} does not fit patch_nums ending in {patch_nums[-1]}: with {len(channel_mult)} '
                         f'entries in channel_mult the tokenizer reduces by {f}, so image_size must be {f * patch_nums[-1]}')

@@ -82,7 +82,7 @@ class TokenFiles:
         self.train, self.held_out = TokenDataset(folder, 'train'), TokenDataset(folder, 'val')
         self.classes = self.train.classes
         for dataset in (self.train, self.held_out):
-            if dataset.meta['tokenizer'] != tokenizer_digest:
+            if dataset.meta.get('tokenizer') != tokenizer_digest:
                 raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
 
     def endless(self, start):

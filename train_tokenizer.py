@@ -182,7 +182,11 @@ def main():
     autocast, scaler = runtime.precision(dtype, dev)
     if steps < 0:
         raise UserError(f'steps={steps}: must be at least 0')
-    runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every')
+    runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'code_width', 'channels',
+                             'res_blocks', 'phis', 'alias_vocab_size', 'alias_code_width', 'alias_channels', 'alias_res_blocks',
+                             'gan_channels')
+    if len(patch_nums) < 2:
+        raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
     runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
     validation = normalize(next(in_order(held_out, eval_images))[0]).to(dev)

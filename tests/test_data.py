@@ -1,7 +1,10 @@
 """The promises of data.py: what the charts look like, what order things come in, what broken files do."""
 import io
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -100,7 +103,10 @@ def test_charts_refuse_what_makes_no_sense():
 
 def test_open_dataset_knows_charts_and_folders(tmp_path):
     assert len(open_dataset('charts', 'val', 8, count=30)) == 30
-    assert len(open_dataset('charts', 'val', 4)) == 1000
+    assert len(open_dataset('charts', 'val', 4)) == len(open_dataset('charts:70', 'val', 4)) == 1000
+    assert len(open_dataset('charts:70', 'train', 4)) == 70
+    with pytest.raises(UserError, match="data='charts:many': write charts, or how many"):
+        open_dataset('charts:many', 'train', 4)
     with pytest.raises(UserError, match='no such folder'):
         open_dataset(str(tmp_path / 'chart'), 'train', 8)
 
@@ -394,6 +400,23 @@ def test_loader_workers_change_nothing_but_speed(folder):
     assert all(torch.equal(a, b) for one, two in zip(alone, helped) for a, b in zip(one, two))
     assert again.skipped == dataset.skipped == {0}          # a worker's finding is known here
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings('ignore:This process')
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='no sigwaitinfo here')
+def test_signals_to_the_whole_job_leave_loader_workers_at_work(folder):
+    others, supply = multiprocessing.active_children(), batches(ImageFolder(folder, 'train', 16), 2, seed=0, workers=2)
+    first(supply, 2)                                        # both have begun
+    children = [child for child in multiprocessing.active_children() if child not in others]
+    for child in children:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            subprocess.run(['kill', f'-{int(number)}', str(child.pid)], check=True)      # another process than the parent
+    first(supply, 10)
+    assert len(children) == 2 and all(child.is_alive() for child in children)
+    for child in children:
+        child.terminate()
+        child.join(5)
+        assert not child.is_alive()
 
 
 def test_a_folder_in_order(folder):

@@ -665,7 +665,7 @@ def fails(error):
     (RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.'), 1, 'out of memory: lower --batch_size'),
     (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1, 'a process that decodes images died (DataLoader worker'),
-    (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': too long a name'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
     (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
     (OSError(errno.EDQUOT, 'Disk quota exceeded', 'out/a.pt'), 1, 'disk full while writing out/a.pt'),
     (PermissionError(errno.EACCES, 'Permission denied', 'out/a.pt'), 2, 'no permission for out/a.pt'),
@@ -681,8 +681,8 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
 
 
 def test_out_of_memory_names_the_setting_to_lower(capsys):
-    for settings, message in (({'accumulate': 1, 'batch_size': 8}, 'raise --accumulate (now 1) or set --recompute=True'),
-                              ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size'), ({}, 'lower --batch_size')):
+    for settings, message in (({'batch_size': 8, 'num_samples': 0}, 'lower --batch_size or --num_samples'), ({'accumulate': 1, 'batch_size': 8}, 'raise --accumulate (now 1) or set --recompute=True'),
+                              ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size')):
         scope = settings | {'torch': torch}
         exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)
         with pytest.raises(SystemExit):
