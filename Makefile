@@ -9,12 +9,14 @@ help:
 	@echo 'make demo      trains, samples and evaluates the whole method on optical test charts; pictures come to $(OUT)/'
 	@echo 'make test      runs the tests'
 	@echo 'make figures   draws the pictures of the README again, from what the demo trained'
+	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
+	@echo 'make lint      looks for faults of form and unused names'
 	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.12 takes another")'
 	$(PYTHON) -m venv $(VENV)
-	$(python) -m pip install --quiet -r requirements.txt pytest
+	$(python) -m pip install --quiet -r requirements.txt pytest ruff
 	touch $@
 
 demo: $(VENV)/installed
@@ -26,6 +28,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(python) -m pytest -q tests
+
+chaos: $(VENV)/installed
+	$(python) tests/chaos.py
+
+lint: $(VENV)/installed
+	$(python) -m ruff check .
 
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
@@ -43,4 +51,4 @@ figures: $(VENV)/installed
 clean:
 	rm -rf $(OUT)
 
-.PHONY: help demo test figures clean
+.PHONY: help demo test chaos lint figures clean

@@ -194,7 +194,8 @@ def bench_tokenizer(structure, alias, x, dev, autocast):
                 return function()
         return call
     tokens = run(lambda: structure.encode(x))()
-    jobs = {'structure tokens': lambda: structure.encode(x), 'alias tokens': lambda: alias.encode(x), 'decoding': lambda: structure.decode(tokens)}
+    jobs = {'structure tokens': lambda: structure.encode(x), 'alias tokens': lambda: alias.encode(x),
+            'decoding': lambda: structure.decode(tokens)}
     for (what, function), t in zip(jobs.items(), timed(dev, *map(run, jobs.values()))):
         row('tokenizer', what, t, f'{len(x) / t[0]:.1f} images/s; {flops(run(function)) / len(x) / 1e9:.2f} GFLOP an image')
 
@@ -218,7 +219,8 @@ def bench_encode(structure, alias, images, dev, autocast):
             table[:] = torch.cat([*maps, labels], 1).cpu().numpy()
             table.flush()
         inner, outer = timed(dev, encoders, everything)
-        row('encode', 'images to token files', outer, f'{len(images) / outer[0]:.1f} images/s; encoders {min(1, inner[0] / outer[0]):.0%} of it')
+        row('encode', 'images to token files', outer,
+            f'{len(images) / outer[0]:.1f} images/s; encoders {min(1, inner[0] / outer[0]):.0%} of it')
         del table
 
 
@@ -269,7 +271,8 @@ def bench_train(structure, alias, network, images, dev, autocast, top):
         note += f'; ours is {t[0] / first:.2f} × as fast' if what.startswith('plain') else ''
         row('train', what, t, note)
     plus = first / times['student alone (distill=False)'][0] - 1
-    runtime.say(f'{"":10} the teacher adds {plus:.0%} to a step, {work["student and teacher"] / work["student alone (distill=False)"] - 1:.0%} '
+    runtime.say(f'{"":10} the teacher adds {plus:.0%} to a step, '
+                f'{work["student and teacher"] / work["student alone (distill=False)"] - 1:.0%} '
                 'to its FLOPs' + (f'; peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if dev.type == 'cuda' else ''))
     if compiled:
         train_fvar.compile_blocks(network)
@@ -336,7 +339,8 @@ def growth():
     computing the structure tokens at every step, instead of reading token files, would add.
     """
     runtime.say(f'computed, not measured: 8 × A100-80G at {share:.0%} of peak, 256 pictures a step\n'
-                f'{"":10} {"params":>8} {"tokens":>7} {"TFLOP/img":>10} {"encoding":>9} {"hours":>7} {"GiB a GPU":>10} {"recomputed":>11} {"and FSDP":>9}')
+                f'{"":10} {"params":>8} {"tokens":>7} {"TFLOP/img":>10} {"encoding":>9} '
+                f'{"hours":>7} {"GiB a GPU":>10} {"recomputed":>11} {"and FSDP":>9}')
     table = []
     for name, (one, two) in PAPER.items():
         first, second = settings(train_tokenizer, f'config/{one}.py'), settings(train_fvar, f'config/{two}.py')
@@ -359,7 +363,8 @@ def growth():
         memory = [states + logits + kept * blocks, states + logits + kept + 2 * width * length * images * blocks]
         memory.append(memory[1] - states * 7 / 8)
         hours = work * second['batch_size'] * second['steps'] / (8 * A100 * share) / 3600
-        table.append({'config': name, 'parameters': parameters, 'tokens': length, 'flop_an_image': work, 'flop_to_encode': encoding, 'hours': hours,
+        table.append({'config': name, 'parameters': parameters, 'tokens': length, 'flop_an_image': work, 'flop_to_encode': encoding,
+                      'hours': hours,
                       'gib': [m / 2 ** 30 for m in memory]})
         runtime.say(f'{name:10} {parameters / 1e6:7.0f}M {length:7} {work / 1e12:10.2f} {encoding / 1e12:9.2f} {hours:7.0f} '
                     + ''.join(f'{m / 2 ** 30:{w}.0f}' for m, w in zip(memory, (10, 12, 10))))

@@ -603,7 +603,8 @@ def choose_parts():
         if part not in ('tokenizer', 'student', 'samples', 'refocus'):
             raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples, or refocus')
     if min(per_class, refocus_images, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
-        raise UserError('--per_class, --refocus_images, --batch_size, --cnn_steps and --cnn_batch must be at least 1, --real_images at least 0')
+        raise UserError('--per_class, --refocus_images, --batch_size, --cnn_steps and --cnn_batch must be at least 1, '
+                        '--real_images at least 0')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')
     if reference not in ('train', 'val') and not os.path.exists(reference):

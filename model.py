@@ -110,7 +110,8 @@ class Block(nn.Module):
         return six.unbind(2)
 
     def forward(self, x, condition, shared=None, maps=None, cache=None, keep=(1, 1), six=None):
-        """six: modulation(condition, shared), where it is known already. maps: block-causal attention over these (VAR.maps), else all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
+        """six: modulation(condition, shared), where it is known already. maps: block-causal attention over these (VAR.maps), else
+        all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six or self.modulation(condition, shared)
         x = x + keep[0] * gamma1 * self.attention(modulate(x, scale1, shift1), maps, cache)
         return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
@@ -447,7 +448,8 @@ class Teacher(nn.Module):
             nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * width)))
 
     def forward(self, stream, condition, shared, maps, alias_tokens, call=lambda block, *args: block(*args)):
-        """stream, condition, shared: from student.hidden; maps: student.maps of all positions; call: student.call; alias_tokens (B, Σ_{k<K} p_k²) int64.
+        """stream, condition, shared: from student.hidden; maps: student.maps of all positions; call: student.call;
+        alias_tokens (B, Σ_{k<K} p_k²) int64.
 
         Returns (logits (B, n, V), features [(B, n, D)] after each of the last teacher_blocks blocks), for the n
         positions of the last alias_scales maps. No gradient reaches the student.
@@ -636,7 +638,8 @@ def fill_official_tokenizer(tokenizer, vae_state_dict):
 def load_official_student(var_state_dict, patch_nums, num_heads=None):
     var = published_var(var_state_dict)
     length = sum(p * p for p in patch_nums)
-    if (var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]) != (len(patch_nums), length) or var['pos_start'].shape[1] != patch_nums[0] ** 2:
+    if ((var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]) != (len(patch_nums), length)
+            or var['pos_start'].shape[1] != patch_nums[0] ** 2):
         raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
                         f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
     depth, (width, code_width) = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape
@@ -656,7 +659,8 @@ def load_renamed(module, published, published_name, what):
     unexpected = [name for name in published if name not in name_of.values() and not name.endswith(STUDENT_CONSTANTS)]
     missing = [name for name in name_of.values() if name not in published]
     if unexpected or missing:
-        raise UserError(f'this is no {what} as VAR publishes it: ' + (f'{missing[0]} is missing' if missing else f'unknown {unexpected[0]}'))
+        raise UserError(f'this is no {what} as VAR publishes it: '
+                        + (f'{missing[0]} is missing' if missing else f'unknown {unexpected[0]}'))
     load_weights(module, {name: published[theirs] for name, theirs in name_of.items()}, f'the published {what}')
 
 

@@ -127,7 +127,8 @@ def test_only_masked_tokens_are_drawn(networks, photo, monkeypatch):
 def test_seed_and_class_change_the_painted_part_alone(networks, photo):
     tokenizer, student = networks
     first, again, seed, label = (
-        edit(student, tokenizer, photo, box(8, 8, 24, 24), torch.tensor([c]), generator=seeded(s)) for c, s in ((0, 0), (0, 0), (0, 1), (2, 0)))
+        edit(student, tokenizer, photo, box(8, 8, 24, 24), torch.tensor([c]), generator=seeded(s))
+        for c, s in ((0, 0), (0, 0), (0, 1), (2, 0)))
     assert torch.equal(first, again)
     for other in (seed, label):
         changed = (first != other).any(1)[0]

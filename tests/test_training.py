@@ -189,7 +189,8 @@ def test_recomputed_blocks_keep_less_for_the_backward_pass(stage1):
     sizes = []
     for student.recompute in (False, True):
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
             network(torch.zeros(1, dtype=torch.int64), train_fvar.token_inputs(structure, tokens), tokens, tokens[:, :13])
         weights = {p.data_ptr() for p in network.parameters()}
         sizes.append(sum(size for pointer, size in kept.items() if pointer not in weights))
