@@ -1,0 +1,281 @@
+"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several seeds, and one CNN for FD-cnn.
+
+    python ablation.py --processes=2                # all of it; the same command goes on where it stopped
+    python ablation.py --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
+    python ablation.py --data=DIR --results=results/ablation_photos.json --out_dir=out-photos      # on photographs
+    python ablation.py --table                      # what was found so far, as a Markdown table
+    python ablation.py --figures                    # VAR and FVAR side by side: ablation_samples.png beside the results
+
+A row and a seed take four pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
+student → evaluation. Rows with the same stage 1 share its pieces. SCRIPT.done.json in its folder says that a piece is
+finished, and with which settings, those of the pieces before it included: where one has changed, it is done again.
+All rows have config/desk.py and the settings below in common; config/ablation/*.py and TABLE_4 say what differs.
+"""
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+
+import encode
+import evaluate
+import runtime
+import train_fvar
+import train_tokenizer
+from configurator import HERE, UserError, configure, parse_value, read_config_file
+from data import normalize, open_dataset, sample_generators
+from model import load_deployed
+from pictures import picture_grid, save_png
+
+# input and output
+out_dir = 'out-ablation'        # tokenizers, token files and students, a folder for each row and seed
+results = 'results/ablation_charts.json'    # what was found; --table reads nothing else
+data = 'charts:4000'            # charts, so many to train on; or a folder with train/<class>/*.jpg and val/<class>/*.jpg
+base = 'config/desk.py'         # sizes and learning rates of all rows
+# the budget of every row
+seeds = 3                       # 0, 1, ... of its tokenizers, students and samples
+tokenizer_steps = 1500          # of stage 1, the first third of them warm start
+steps = 5000                    # of stage 2; over the first two thirds distillation gains its weight
+# doing it in pieces
+minutes = 0.0                   # no piece is begun after that; 0 is no limit
+processes = 1                   # pieces at a time
+# instead of doing it
+table = False                   # print the table
+figures = False                 # draw the pictures
+config = configure(globals())
+
+# Table 3: files of config/ablation. Table 4: one setting of the full row is another; where it is no other, all pieces are shared
+TABLE_3 = {'var': 'VAR (baseline)', 'full': 'FVAR (full)', 'no_refocusing': 'w/o progressive refocusing',
+           'gaussian': 'w/ Gaussian blur', 'no_teacher': 'w/o high-frequency teacher', 'no_dual': 'w/o dual tokenizers'}
+TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched': 'schedule matched',
+           'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine', 'alias_scales=1': '1 alias scale',
+           'alias_scales=3': '3 alias scales', 'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network'}
+DEFAULTS = {script.__name__: script.config for script in (train_tokenizer, encode, train_fvar, evaluate)}
+
+
+class Piece(NamedTuple):
+    """A run of a script: its settings without files, the pieces before it (the first has its tokenizer), its folder."""
+    script: str
+    settings: dict
+    needs: tuple
+    folder: str
+
+    @property
+    def marker(self):
+        return f'{self.folder}/{self.script}.done.json'
+
+
+@cache                                                      # reading one looks through all scripts
+def set_by(file, script):
+    return read_config_file(HERE / file, script, DEFAULTS[script])
+
+
+def settings(script, row='', seed=0):
+    """All settings of a script but files, for a row of TABLE_3 or TABLE_4; '' is what all rows have in common."""
+    defaults = DEFAULTS[script]
+    values = defaults | set_by(base, script) | (set_by(f'config/ablation/{row}.py', script) if row in TABLE_3 else {})
+    name, _, text = row.partition('=')
+    if name in defaults:
+        values[name] = parse_value(name, text, defaults[name])
+    budget = {'train_tokenizer': {'data': data, 'steps': tokenizer_steps, 'warm_start': tokenizer_steps // 3},
+              'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3}}
+    values |= budget.get(script, {}) | {'seed': seed}
+    return {name: values[name] for name in values if name not in ('out_dir', 'tokenizer', 'tokens', 'cnn_file')}
+
+
+def plan():
+    """(pieces in the order of their doing, {(row, seed): its evaluation})."""
+    pieces, runs = [], {}
+
+    def add(script, values, needs, folder):
+        """The new piece, or the one that does the same for an earlier row."""
+        piece = Piece(script, values, needs, f'{out_dir}/{folder}')
+        same = [other for other in pieces if other[:3] == piece[:3]]
+        pieces.extend([] if same else [piece])
+        return same[0] if same else piece
+
+    for row, seed in [(row, seed) for rows in (TABLE_3, TABLE_4) for seed in range(seeds) for row in rows]:
+        tokenizer = add('train_tokenizer', settings('train_tokenizer', row, seed), (), f'tokenizer-{row}-{seed}')
+        tokens = add('encode', settings('encode', row, seed), (tokenizer,), f'tokenizer-{row}-{seed}')
+        student = add('train_fvar', settings('train_fvar', row, seed), (tokens,), f'{row}-{seed}')
+        # any evaluation trains the CNN where there is none; this one is there to do so before all others
+        cnn = add('evaluate', settings('evaluate') | {'parts': 'tokenizer'}, (pieces[0],), 'cnn')
+        runs[row, seed] = add('evaluate', settings('evaluate', row, seed), (tokens, student, cnn), f'{row}-{seed}')
+    return pieces, runs
+
+
+def made_with(piece):
+    """{'script.setting': value} of a piece and those before it; where two run the same script, its own tokenizer's come first."""
+    values = {}
+    for need in reversed(piece.needs):
+        values |= made_with(need)
+    return values | {f'{piece.script}.{name}': value for name, value in piece.settings.items()}
+
+
+def finished(piece):
+    """What the marker says ({'seconds', 'made_with'}), or None where it is not there or of other settings."""
+    if not os.path.isfile(piece.marker):
+        return None
+    said = json.loads(Path(piece.marker).read_text(encoding='utf-8'))
+    defaults = {f'{script}.{name}': value for script in DEFAULTS for name, value in DEFAULTS[script].items()}
+    then, now = defaults | said['made_with'], made_with(piece)      # a setting that did not exist then had its default
+    return said if all(json.dumps(then[name]) == json.dumps(now[name]) for name in now) else None
+
+
+def changed(script, values):
+    """Those of a script's settings that are not its defaults."""
+    return {name: value for name, value in values.items() if value != DEFAULTS[script][name]}
+
+
+def start(piece):
+    """The process of a piece; what it prints goes to SCRIPT.log in its folder."""
+    values = changed(piece.script, piece.settings) | {'out_dir': piece.folder}
+    if piece.script in ('train_fvar', 'evaluate'):
+        values['tokenizer'] = f'{piece.needs[0].folder}/tokenizer.pt'
+    if piece.script == 'evaluate':
+        values['cnn_file'] = f'{out_dir}/cnn.pt'
+    texts = {name: ','.join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
+    command = [sys.executable, HERE / f'{piece.script}.py', *(f'--{name}={text}' for name, text in texts.items())]
+    os.makedirs(piece.folder, exist_ok=True)
+    Path(piece.marker).unlink(missing_ok=True)              # from here on the files are of these settings
+    runtime.say(f'{time.strftime("%H:%M:%S")} {piece.script} in {piece.folder}')
+    with open(f'{piece.folder}/{piece.script}.log', 'w', encoding='utf-8') as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def work(pieces, runs):
+    """Does what is not finished, as far as the minutes reach. UserError with the last words of a piece that fails."""
+    began, running, done = time.monotonic(), {}, {piece.marker for piece in pieces if finished(piece)}
+    runtime.say(f'{len(pieces)} pieces, {len(done)} of them finished')
+    try:
+        while True:
+            for piece in pieces:
+                late = minutes and time.monotonic() - began > 60 * minutes
+                ready = piece.marker not in done | running.keys() and all(need.marker in done for need in piece.needs)
+                if ready and not late and len(running) < processes:
+                    running[piece.marker] = piece, start(piece), time.monotonic()
+            if not running:
+                break
+            time.sleep(0.1)
+            for marker, (piece, process, started) in list(running.items()):
+                if process.poll() is not None:
+                    del running[marker]
+                    if process.returncode:
+                        log = f'{piece.folder}/{piece.script}.log'
+                        last = Path(log).read_text(encoding='utf-8').splitlines()[-1:]
+                        raise UserError(f'{piece.script} failed ({log}): {"".join(last).removeprefix("error: ")}')
+                    runtime.write_json(marker, {'seconds': round(time.monotonic() - started, 1), 'made_with': made_with(piece)})
+                    done.add(marker)
+                    if piece.script == 'evaluate':
+                        collect(runs)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+    runtime.say(f'{len(pieces) - len(done)} pieces are left')
+
+
+def outcome(evaluation):
+    """What a finished evaluation found (FD is FD-cnn, bits are an image's), and the seconds that each piece took."""
+    found = json.loads(Path(f'{evaluation.folder}/results.json').read_text(encoding='utf-8'))
+    of = {row['set']: row for row in found['distances'] if row['against'] == 'reference'}
+    tokens, student, _ = evaluation.needs
+    values = {'psnr': found['tokenizer']['psnr'], 'ssim': found['tokenizer']['ssim'], 'floor': of['real']['fd_cnn'],
+              'rfd': of['reconstructed']['fd_cnn'], 'fd': of['generated']['fd_cnn'], 'recognised': of['generated']['recognised'],
+              'bits': found['student']['bits_an_image']}
+    return {name: round(value, 4) for name, value in values.items()} | {
+        'ce_per_map': [round(ce, 3) for ce in found['student']['ce_per_map']],
+        'seconds': {piece.script: finished(piece)['seconds'] for piece in (*tokens.needs, tokens, student, evaluation)},
+        'machine': f'{platform.machine()}, {os.cpu_count()} cores, one thread a piece', 'torch': found['versions']['torch']}
+
+
+def collect(runs):
+    """Adds what is finished to the results file. UserError if that was made with other settings."""
+    common = json.loads(json.dumps({script: changed(script, settings(script)) for script in DEFAULTS}))
+    saved = json.loads(Path(results).read_text(encoding='utf-8')) if os.path.isfile(results) else {'settings': common, 'runs': []}
+    if saved['settings'] != common:
+        raise UserError(f'{results} was made with other settings than these: give another --results')
+    known = {(run['row'], run['seed']): run for run in saved['runs']}
+    known |= {(row, seed): {'row': row, 'seed': seed} | outcome(piece) for (row, seed), piece in runs.items() if finished(piece)}
+    runtime.write_json(results, saved | {'runs': list(known.values())})
+
+
+def read_runs():
+    """The runs of the results file. UserError where there is none."""
+    runs = json.loads(Path(results).read_text(encoding='utf-8'))['runs'] if os.path.isfile(results) else []
+    if not runs:
+        raise UserError(f'{results}: nothing is finished yet; python ablation.py goes on')
+    return runs
+
+
+def spread(values, digits=2):
+    return f'{mean(values):.{digits}f}' + (f' ± {stdev(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def against(ours, theirs):
+    """The mean of ours − theirs ({seed: value}) over the seeds of both, its standard error, and percent of theirs; as text."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return '–'
+    error = f' ± {stdev(differences) / len(differences) ** 0.5:.2f}' if len(differences) > 1 else ''
+    return f'{mean(differences):+.2f}{error} ({100 * mean(differences) / mean(theirs[seed] for seed in ours if seed in theirs):+.1f} %)'
+
+
+def markdown(runs):
+    """The table of some results: a line for every row that has a run."""
+    lines = ['| | seeds | PSNR, dB | SSIM | floor | rFD | FD-cnn | FD-cnn − VAR | recognised, % | bits an image | bits − VAR '
+             '| nats a token, each map |', '|' + ' --- |' * 12]
+    var, shares = {run['seed']: run for run in runs if run['row'] == 'var'}, [100 * run['rfd'] / run['fd'] for run in runs]
+    for row, name in (TABLE_3 | TABLE_4).items():
+        if some := [run for run in runs if run['row'] == row]:
+            of = {key: [run[key] for run in some] for key in some[0]}
+            fd, bits = (against(dict(zip(of['seed'], of[key])), {} if row == 'var' else {seed: run[key] for seed, run in var.items()})
+                        for key in ('fd', 'bits'))
+            cells = (name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
+                     spread(of['fd']), fd, spread([100 * share for share in of['recognised']], 1), spread(of['bits'], 1), bits,
+                     ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
+            lines.append(f'| {" | ".join(map(str, cells))} |')
+    return '\n'.join(lines) + (f'\n\nrFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; '
+                               'of the differences to VAR, taken seed by seed, the standard error of their mean.')
+
+
+@torch.no_grad()
+def draw(runs):
+    """A row for each class: a held-out picture, what the tokenizers of VAR and FVAR make of it, four samples of each."""
+    columns, names = [], ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
+    for run in (runs['var', 0], runs['full', 0]):
+        tokens, student, _ = run.needs
+        structure, network, _ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
+        dataset = open_dataset(data, 'val', structure.image_size, augment=False)
+        real, labels = evaluate.load_images(dataset, network.num_classes)       # one of each class
+        real, wanted, how = normalize(real[labels.argsort()]), torch.arange(network.num_classes).repeat_interleave(4), run.settings
+        drawn = network.generate(structure, wanted, how['cfg'], how['top_k'], how['top_p'], sample_generators(0, range(len(wanted))))[1]
+        columns += [structure.decode(structure.encode(real))[:, None], drawn.unflatten(0, (-1, 4))]
+    rows = torch.cat([real[:, None], columns[0], columns[2], columns[1], columns[3]], 1)
+    save_png(Path(results).with_name('ablation_samples.png'), picture_grid(rows.flatten(0, 1), len(names), dataset.classes, names))
+
+
+def main():
+    runtime.require_positive(config, 'seeds', 'tokenizer_steps', 'steps', 'processes')
+    if table:
+        print(markdown(read_runs()))
+        return
+    pieces, runs = plan()
+    if figures:
+        draw(runs)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that a killed run takes its pieces with it
+    collect(runs)                                           # says at once if the results are of other settings
+    work(pieces, runs)
+
+
+if __name__ == '__main__':
+    runtime.run(main)
