@@ -9,6 +9,7 @@ help:
 	@echo 'make demo      trains, samples and evaluates the whole method on optical test charts; pictures come to $(OUT)/'
 	@echo 'make test      runs the tests'
 	@echo 'make figures   draws the pictures of the README again, from what the demo trained'
+	@echo 'make ablation  trains the rows of Tables 3 and 4 at desk scale, hours of it, in pieces that resume'
 	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
 	@echo 'make lint      looks for faults of form and unused names'
 	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
@@ -35,6 +36,9 @@ chaos: $(VENV)/installed
 lint: $(VENV)/installed
 	$(python) -m ruff check .
 
+ablation: $(VENV)/installed
+	$(python) ablation.py --processes=2
+
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
 	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/focus.gif figures/
@@ -51,4 +55,4 @@ figures: $(VENV)/installed
 clean:
 	rm -rf $(OUT)
 
-.PHONY: help demo test chaos lint figures clean
+.PHONY: help demo test chaos lint ablation figures clean
