@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from runtime import digest, load_checkpoint, load_weights, read_weights
+from runtime import blame, digest, load_checkpoint, load_weights, read_weights
 from tokenizer import StructureTokenizer, area, load_tokenizers
 
 
@@ -694,10 +694,11 @@ def build_student(config, structure, num_classes):
 def load_student(path, structure, device='cpu'):
     """(VAR in eval mode, checkpoint) from student.pt; UserError if it was trained on another tokenizer's tokens."""
     checkpoint = load_checkpoint(path, 'student', device, made_by='train_fvar.py')
-    if checkpoint['tokenizer'] != digest(structure.state_dict()):
-        raise UserError(f'{path} was trained on the tokens of another tokenizer: use the tokenizer.pt that lies beside it')
-    student = build_student(checkpoint['config'], structure, len(checkpoint['classes']))
-    load_weights(student, checkpoint['student'], path)
+    with blame(path):
+        if checkpoint['tokenizer'] != digest(structure.state_dict()):
+            raise UserError(f'{path} was trained on the tokens of another tokenizer: use the tokenizer.pt that lies beside it')
+        student = build_student(checkpoint['config'], structure, len(checkpoint['classes']))
+        load_weights(student, checkpoint['student'], path)
     return student.to(device).eval(), checkpoint
 
 

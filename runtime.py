@@ -430,15 +430,13 @@ def previous(path):
     return Path(path).with_name(Path(path).name + '.previous')
 
 
-class Contents(dict):
-    """A dictionary from a file: a name that is not in it is the file's fault."""
-
-    def __init__(self, values, path):
-        super().__init__(values)
-        self.path = path
-
-    def __missing__(self, name):
-        raise UserError(f'{self.path} holds no {name!r}: it was made by another version of this code')
+@contextmanager
+def blame(path):
+    """UserError for a name that is missing from a checkpoint, inside: the file's fault."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f'{path} holds no {error}: it was made by another version of this code') from None
 
 
 def load_checkpoint(path, kind, device='cpu', made_by=''):
@@ -461,7 +459,7 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
     found = checkpoint.get('kind') if isinstance(checkpoint, dict) else None
     if found != kind:
         raise UserError(f'{file} holds {found or "something else"}, not {kind}')
-    return Contents({name: Contents(value, file) if name == 'config' else value for name, value in checkpoint.items()}, file)
+    return checkpoint
 
 
 def read_weights(path, device='cpu', errors=True):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like, psf, reflect_pad
-from runtime import load_checkpoint, load_weights
+from runtime import blame, load_checkpoint, load_weights
 
 
 # -----------------------------------------------------------------------------
@@ -549,8 +549,9 @@ def build_tokenizers(config):
 def load_tokenizers(path, device='cpu'):
     """(StructureTokenizer, AliasTokenizer, checkpoint) as train_tokenizer.py saved them, in eval mode."""
     checkpoint = load_checkpoint(path, 'tokenizer', device, made_by='train_tokenizer.py')
-    structure, alias = build_tokenizers(checkpoint['config'])
-    load_weights(structure, checkpoint['structure'], path)
-    load_weights(alias, checkpoint['alias'], path)
+    with blame(path):
+        structure, alias = build_tokenizers(checkpoint['config'])
+        load_weights(structure, checkpoint['structure'], path)
+        load_weights(alias, checkpoint['alias'], path)
     structure, alias = (network.to(device, memory_format=torch.channels_last).eval() for network in (structure, alias))
     return structure, alias, checkpoint
