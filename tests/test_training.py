@@ -402,7 +402,7 @@ def test_lpips_enters_the_loss_in_the_units_it_was_made_for(train_stage1, tmp_pa
 
 def test_bfloat16_trains_the_student_nearly_alike(train, stage2, tmp_path):
     train(dtype='bfloat16', steps=3)
-    half, full = (log_of(out, 'fvar')[0][0] for out in (tmp_path, stage2))
+    half, full = (log_of(out, 'fvar')[0][2] for out in (tmp_path, stage2))     # the first steps are flat: nothing to round
     assert half['total'] == pytest.approx(full['total'], rel=0.02) and half['total'] != full['total']
     assert all(math.isfinite(record['total']) and record['skipped'] == 0 for record in log_of(tmp_path, 'fvar')[0])
 
