@@ -433,10 +433,14 @@ def batches(dataset, batch_size, seed, rank=0, world_size=1, start=0, workers=0)
     return fetch(dataset, EndlessBatches(len(dataset), batch_size, seed, rank, world_size, start), workers)
 
 
-def in_order(dataset, batch_size, workers=0):
-    """Iterator over every item once, centre crops, in batches as above; the last may be short."""
-    indices = range(len(dataset))
-    return fetch(dataset, [indices[i:i + batch_size] for i in range(0, len(dataset), batch_size)], workers)
+def in_order(dataset, batch_size, workers=0, count=None):
+    """Iterator over every item once, centre crops, in batches as above; the last may be short.
+
+    count: over that many items only, spread evenly, because folders come class by class.
+    """
+    count = min(count or len(dataset), len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return fetch(dataset, [indices[i:i + batch_size] for i in range(0, count, batch_size)], workers)
 
 
 def fetch(dataset, batches_of_keys, workers):

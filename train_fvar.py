@@ -113,9 +113,7 @@ class Images:
             yield self.encode(*batch)
 
     def validation(self, count, size):
-        for i, batch in enumerate(in_order(self.held_out, size)):
-            if i * size >= count:
-                return
+        for batch in in_order(self.held_out, size, count=count):
             yield self.encode(*batch)
 
 

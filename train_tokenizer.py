@@ -189,7 +189,7 @@ def main():
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
     runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
-    validation = normalize(next(in_order(held_out, eval_images))[0]).to(dev)
+    validation = normalize(next(in_order(held_out, eval_images, count=eval_images))[0]).to(dev)
 
     structure, alias = (tokenizer.to(dev, memory_format=torch.channels_last) for tokenizer in build_tokenizers(config))
     lpips = load_lpips(dev) if lambda_lpips else None

@@ -189,6 +189,9 @@ def main():
     parser.add_argument('--kills', type=int, help='of each stage; then without two ranks')
     parser.add_argument('--seed', type=int, default=random.randrange(10 ** 6), help='of the moments')
     options = parser.parse_args()
+    if options.kills:                                       # short: fewer steps between them, too
+        for stage in ('train_tokenizer', 'train_fvar'):
+            STAGES[stage] += ' --steps=13'
     torch.set_num_threads(1)
     print(f'moments by --seed={options.seed}')
     moments = random.Random(options.seed)

@@ -189,6 +189,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_some_items_are_spread_over_all_classes(folder):
+    dataset = ImageFolder(folder, 'train', 8, augment=False)
+    labels = torch.cat([labels for _, labels in in_order(dataset, 2, count=3)])
+    assert labels.tolist() == [int(dataset.labels[i]) for i in (0, round((len(dataset) - 1) / 2), len(dataset) - 1)]
+    assert labels[0] == 0 and labels[-1] == len(dataset.classes) - 1
+    everything = torch.cat([labels for _, labels in in_order(dataset, 2, count=99)])
+    assert everything.tolist() == dataset.labels.tolist()
+
+
 def test_folder_finds_every_picture_in_order(folder):
     (folder / 'train' / 'cat' / 'notes.txt').write_text('not a picture')
     (folder / 'train' / 'cat' / '._a.jpg').write_text('what a Mac leaves behind')
