@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -477,7 +478,8 @@ def read_weights(path, device='cpu', errors=True):
             return None
         if isinstance(error, PermissionError):
             raise
-        reason = 'it holds code, which is never run' if 'unsupported global' in str(error).lower() else 'truncated or not a checkpoint'
+        code = re.search(r'GLOBAL (\S+)', str(error), re.IGNORECASE)
+        reason = f'it holds code, which is never run: {code[1]}' if code else 'truncated or not a checkpoint'
         raise UserError(f'{path}: can not be read ({reason})') from None
 
 

@@ -296,7 +296,7 @@ BAD = {
     'negative rows': ('train_fvar', '', meta(rows=-1), 'does not add up'),
     'folder for tokens': ('train_fvar', '', folder_instead('tokens/train.bin'), 'no token files train.bin'),
     # checkpoints
-    'code in a checkpoint': ('sample', '', with_code, 'student.pt: can not be read (it holds code, which is never run)'),
+    'code in a checkpoint': ('sample', '', with_code, 'student.pt: can not be read (it holds code, which is never run: '),
     'half a checkpoint': ('sample', '', lambda at: os.truncate(at.out / 'student.pt', 3000), 'student.pt: can not be read (truncated'),
     'empty checkpoint': ('sample', '', content('student.pt', b''), 'student.pt: can not be read (truncated'),
     'web page as checkpoint': ('encode', '', content('tokenizer.pt', b'<html>404</html>'), 'tokenizer.pt: can not be read (truncated'),

@@ -551,8 +551,8 @@ WRONG = {
     'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: no such file'),
     'truncated': (lambda files: os.truncate(files / 'var.pth', 5000), {}, 'var.pth: can not be read (truncated or not a checkpoint)'),
     'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth: can not be read (truncated or not a checkpoint)'),
-    'code in the transformer': (spoil_pickle, {}, 'var.pth: can not be read (it holds code, which is never run)'),
-    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth: can not be read (it holds code, which is never run)'),
+    'code in the transformer': (spoil_pickle, {}, 'var.pth: can not be read (it holds code, which is never run: '),
+    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth: can not be read (it holds code, which is never run: '),
     'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is no published VAR transformer'),
 }
 
