@@ -253,7 +253,7 @@ def draw(runs):
     columns, names = [], ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
     for run in (runs['var', 0], runs['full', 0]):
         tokens, student, _ = run.needs
-        structure, network, _ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
+        structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
         dataset = open_dataset(data, 'val', structure.image_size, augment=False)
         real, labels = evaluate.load_images(dataset, network.num_classes)       # one of each class
         real, wanted, how = normalize(real[labels.argsort()]), torch.arange(network.num_classes).repeat_interleave(4), run.settings

@@ -352,8 +352,9 @@ def read_reference(path, image_size):
                         f'they are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, atol=1e-4)):
         raise UserError(f'{path}: mu and sigma are damaged: not finite, or not symmetric')
-    images = read_npz(path, image_size)[0] if load_arrays(path, ('arr_0',)) else None
-    return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
+    with zipfile.ZipFile(path) as file:                     # looked for only: 10,000 images are not read twice
+        has_images = 'arr_0.npy' in file.namelist()
+    return read_npz(path, image_size)[0] if has_images else None, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
 def read_folder(path, image_size, classes=()):
@@ -517,7 +518,7 @@ def refocus_figures(student, structure, images, autocast):
     """Rows of figures, one for each blur (a focus state's radius, px; noise σ for images in [−1, 1]) and method.
 
     images uint8 (N, 3, S, S) are blurred, made noisy and rounded to 8 bits, as a file would hold them. Wiener's filter is told
-    the PSF and the true share of noise; the student is told the radius, no class.
+    the PSF and the noise, and weighs it as a sweep found best; the student is told the radius, no class.
     """
     dev, rows = student.head.weight.device, []
     for radius in sorted({r for r in structure.radii if r > 0.5}, reverse=True):
@@ -674,11 +675,11 @@ def main():
     tokenizer_file = tokenizer or os.path.join(os.path.dirname(init_from) if init_from else out_dir, 'tokenizer.pt')
     if vae and not data:
         raise UserError(f'--vae={vae}: published files do not say what they were trained on; give it as --data=DIR')
-    student, stage1 = None, {'config': {'data': data}, 'step': 0} if vae else load_tokenizers(tokenizer_file, dev)[2]
+    student = None
     if vae or chosen == ['refocus'] or 'student' in chosen or ('samples' in chosen and not samples):
-        structure, student, stage2 = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
+        structure, student, stage1, stage2 = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
     else:
-        structure = load_tokenizers(tokenizer_file, dev)[0]
+        structure, _, stage1 = load_tokenizers(tokenizer_file, dev)
     data_name = data or stage1['config']['data']
     results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'versions': versions(),
                'device': torch.cuda.get_device_name(dev) if dev.type == 'cuda' else dev.type,

@@ -703,7 +703,7 @@ def load_student(path, structure, device='cpu'):
 
 
 def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), device='cpu'):
-    """(StructureTokenizer, VAR in eval mode, checkpoint of the student): what sampling needs.
+    """(StructureTokenizer, VAR in eval mode, checkpoint of the tokenizers, of the student): what sampling needs.
 
     init_from: student.pt (default: the one in out_dir). tokenizer: tokenizer.pt (default: the one beside it). vae: instead
     of it a published tokenizer; then init_from is a published transformer, classes are only numbers, and patch_nums are
@@ -713,8 +713,9 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
         if patch_nums:
             raise UserError('--patch_nums goes with --vae: a tokenizer.pt knows its own')
         student_file = init_from or os.path.join(out_dir, 'student.pt')
-        structure, _, _ = load_tokenizers(tokenizer or os.path.join(os.path.dirname(student_file), 'tokenizer.pt'), device)
-        return structure, *load_student(student_file, structure, device)
+        structure, _, stage1 = load_tokenizers(tokenizer or os.path.join(os.path.dirname(student_file), 'tokenizer.pt'), device)
+        student, stage2 = load_student(student_file, structure, device)
+        return structure, student, stage1, stage2
     if not init_from or tokenizer:
         raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, and no --tokenizer')
     vae_weights, var_weights = read_weights(vae, device), read_weights(init_from, device)
@@ -722,4 +723,5 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
         structure, student = load_official(vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
     except UserError as error:
         raise UserError(f'--vae={vae} --init_from={init_from}: {error}') from None
-    return structure.to(device), student.to(device), {'classes': [str(c) for c in range(student.num_classes)], 'step': 0}
+    stage1, stage2 = {'config': {'data': ''}, 'step': 0}, {'classes': [str(c) for c in range(student.num_classes)], 'step': 0}
+    return structure.to(device), student.to(device), stage1, stage2

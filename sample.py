@@ -200,7 +200,7 @@ def main():
     check_settings()
     dev = runtime.start(device, seed)
     autocast, _ = runtime.precision(dtype, dev)
-    structure, network, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
+    structure, network, _, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
     if num_samples:
         write_samples(structure, network, checkpoint, autocast, dev)
     elif export:

@@ -180,8 +180,6 @@ def draw(structure, images, path):
 def main():
     dev = runtime.start(device, seed)
     autocast, scaler = runtime.precision(dtype, dev)
-    if steps < 0:
-        raise UserError(f'steps={steps}: must be at least 0')
     runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'code_width', 'channels',
                              'res_blocks', 'phis', 'alias_vocab_size', 'alias_code_width', 'alias_channels', 'alias_res_blocks',
                              'gan_channels')

@@ -47,10 +47,10 @@ def command(stage, data):
     return [str(HERE / f'{stage}.py'), str(HERE / 'config' / 'charts.py'), '--out_dir=out', *own_data, *STAGES[stage].split()]
 
 
-def draw_data(folder):
+def draw_data(folder, image_size=27):
     """Charts of four classes as a folder of pictures, 12 each to train on and 5 held out."""
     for split, count in (('train', 120), ('val', 50)):
-        charts = Charts(split, 27, count)
+        charts = Charts(split, image_size, count)
         for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
             if label < 4:
                 path = folder / split / Charts.classes[label] / f'{i:03}.png'

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 import runtime
+from chaos import draw_data
 from configurator import HERE
 from data import Charts, ImageFolder, TokenDataset, normalize
 from model import build_student, load_student
@@ -49,13 +49,7 @@ def demo(tmp_path_factory):
     """A finished demo on 48 pictures of four classes and 20 held out: folders data and out, and what was printed."""
     folder = tmp_path_factory.mktemp('demo')
     data, out, printed = folder / 'data', folder / 'out', {}
-    for split, count in (('train', 120), ('val', 50)):
-        charts = Charts(split, 36, count)
-        for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
-            if label < 4:
-                path = data / split / Charts.classes[label] / f'{i:03}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    draw_data(data, 36)
     for script in DEMO:
         done = in_a_process(script, *command(script, data, out))
         assert done.returncode == 0, done.stderr
@@ -70,17 +64,10 @@ def copy(demo, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, demo):
+def run(run_script, demo):
     """Runs a script in this process, but for that as a command line does: (exit status, stdout, stderr)."""
     def run(script, out, *arguments, data=demo.data):
-        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *command(script, data, out), *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(HERE / f'{script}.py'), run_name='__main__')
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return run_script(script, *command(script, data, out), *arguments)
     return run
 
 

@@ -6,15 +6,13 @@ reference_logits, a plain reading of the published state dict which is itself he
 """
 import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from configurator import HERE, UserError
+from configurator import UserError
 from model import VAR, filter_logits, load_official, published_patch_nums, to_official
 from pictures import picture_grid, save_png
 from tokenizer import MultiScaleQuantizer, StructureTokenizer
@@ -501,18 +499,11 @@ def files(exported, tmp_path):
 
 
 @pytest.fixture
-def sample(files, monkeypatch, capsys):
+def sample(files, run_script):
     """sample.py on them, as a command line does: (exit status, stdout, stderr)."""
     def sample(*arguments, vae='vae.pth', var='var.pth', patch_nums='1,2,3,5'):
-        monkeypatch.setattr(sys, 'argv', [
-            'sample.py', f'--vae={files}/{vae}', f'--init_from={files}/{var}', f'--patch_nums={patch_nums}', f'--out_dir={files}/out',
-            '--per_class=2', '--device=cpu', *arguments])
-        status = 0
-        try:
-            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return run_script('sample', f'--vae={files}/{vae}', f'--init_from={files}/{var}', f'--patch_nums={patch_nums}',
+                          f'--out_dir={files}/out', '--per_class=2', '--device=cpu', *arguments)
     return sample
 
 

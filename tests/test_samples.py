@@ -46,18 +46,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def sample(trained, monkeypatch, capsys):
+def sample(trained, run_script):
     """Runs sample.py as a command line does, but in this process: (exit status, stdout, stderr)."""
-    def sample(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--out_dir={trained}', '--device=cpu', *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-    return sample
+    return lambda *arguments: run_script('sample', f'--out_dir={trained}', '--device=cpu', *arguments)
 
 
 @pytest.fixture
@@ -102,14 +93,14 @@ def test_a_plain_npz_that_says_what_made_it(whole):
 
 
 def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, trained):
-    structure, student, _ = model.load_deployed(str(trained))
+    structure, student, *_ = model.load_deployed(str(trained))
     images, labels = evaluate.read_samples(str(whole), 16, CLASSES)
     _, wanted = student.generate(structure, labels[[4, 17]], generator=sample_generators(0, (4, 17)))
     assert torch.equal(data.to_uint8(wanted), images[[4, 17]])
 
 
 def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypatch):
-    structure, student, _ = model.load_deployed(str(trained))
+    structure, student, *_ = model.load_deployed(str(trained))
     for name, value in dict(per_class=COUNT // 3, batch_size=7).items():
         monkeypatch.setattr(evaluate, name, value)
     found, wanted = evaluate.generate(student, structure, runtime.nullcontext), evaluate.read_samples(str(whole), 16, CLASSES)

@@ -9,15 +9,14 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 import encode
 import model
 import runtime
 import train_fvar
 import train_tokenizer
+from chaos import draw_data
 from configurator import HERE, UserError, read_config_file
-from data import Charts
 from model import build_student
 from tokenizer import StructureTokenizer, load_tokenizers
 
@@ -103,13 +102,7 @@ def assert_close(a, b, **tolerance):
 def data(tmp_path_factory):
     """Charts of four classes as a folder of pictures, 12 each to train on and 5 held out."""
     folder = tmp_path_factory.mktemp('data')
-    for split, count in (('train', 120), ('val', 50)):
-        charts = Charts(split, 27, count)
-        for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
-            if label < 4:
-                path = folder / split / Charts.classes[label] / f'{i:03}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    draw_data(folder)
     return str(folder)
 
 
