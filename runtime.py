@@ -660,8 +660,10 @@ def less_memory(main):
     """Which of the script's settings to lower."""
     settings = main.__globals__
     if 'accumulate' in settings:
-        return f'raise --accumulate (now {settings["accumulate"]}) or set --recompute=True; neither changes what is learnt'
-    return 'lower --batch_size' + ''.join(f' or --{name}' for name in ('image_size', 'num_samples') if name in settings)
+        mend = f'raise --accumulate (now {settings["accumulate"]})'
+    else:
+        mend = 'lower --batch_size' + ''.join(f' or --{name}' for name in ('image_size', 'num_samples') if name in settings)
+    return mend + (' or set --recompute=True, which changes nothing that is learnt' if 'recompute' in settings else '')
 
 
 def fail(message, status):

@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like, psf, reflect_pad
@@ -301,7 +302,19 @@ def vq_loss(quantized, features, beta):
 # -----------------------------------------------------------------------------
 # Q_L
 
-DECODED_AT_ONCE = 2 ** 20       # pixels: 16 pictures of 256 px, one of 1024
+AT_ONCE = 2 ** 20               # pixels: 16 pictures of 256 px, one of 1024
+
+
+def in_parts(function, x, side, recompute):
+    """function(x), for pictures of `side` pixels: without gradients part by part, or a batch of 1024-px pictures would not fit.
+
+    recompute: with gradients too, and nothing inside a part is kept for the backward pass, which computes it again.
+    """
+    learns = torch.is_grad_enabled()
+    if learns and not recompute:
+        return function(x)
+    parts = x.split(max(1, AT_ONCE // side ** 2))
+    return torch.cat([checkpoint(function, part, use_reentrant=False) if learns else function(part) for part in parts])
 
 
 class StructureTokenizer(nn.Module):
@@ -325,7 +338,7 @@ class StructureTokenizer(nn.Module):
         if len(noise) != 2 or min(noise) < 0:
             raise UserError(f'noise={tuple(noise)}: give two numbers, β_1 and β_K, both 0 or more')
         self.image_size, self.patch_nums, self.noise, self.beta = image_size, tuple(patch_nums), noise, beta
-        self.pyramid, self.focus_input, self.kernel = pyramid, focus_input, kernel
+        self.pyramid, self.focus_input, self.kernel, self.recompute = pyramid, focus_input, kernel, False
         self.radii = [0.0] * len(patch_nums)
         if pyramid == 'focus' and kernel != 'none':
             self.radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
@@ -340,7 +353,7 @@ class StructureTokenizer(nn.Module):
     # -- the way in
 
     def features(self, images):
-        return self.pre_quant(self.encoder(images))
+        return in_parts(lambda part: self.pre_quant(self.encoder(part)), images, images.shape[-1], self.recompute)
 
     def targets(self, images, generator=None, radii=None):
         """e_1 … e_K, each (B, C, p_k, p_k). With a generator the views carry the noise of Eq. 3.
@@ -354,11 +367,8 @@ class StructureTokenizer(nn.Module):
             return [self.features(view) for view in views]
         return [area(f, p) for f, p in zip(self.focused_features(images, radii, generator), self.patch_nums)]
 
-    def focused_features(self, images, radii, generator=None, learn=None):
-        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once.
-
-        learn: indices of the radii whose features carry gradients (default: all).
-        """
+    def focused_features(self, images, radii, generator=None):
+        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once."""
         distinct = [max(r, 0.5) for r in radii]             # ρ ≤ ½ is the identity
         noisy = generator is not None and self.pyramid == 'focus' and self.kernel != 'none'
         states = {}
@@ -367,14 +377,8 @@ class StructureTokenizer(nn.Module):
                 states[radius] = defocus(images, radius, self.kernel)
                 if noisy:
                     states[radius] = states[radius] + beta * noise_like(images, generator)
-        learning = set(distinct) if learn is None else {distinct[k] for k in learn}
-        of_radius = {}
-        for some in (learning, states.keys() - learning):
-            some = [radius for radius in states if radius in some]
-            if some:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and some[0] in learning):
-                    features = self.features(torch.cat([states[radius] for radius in some]))
-                of_radius |= zip(some, features.chunk(len(some)))
+        features = self.features(torch.cat(list(states.values()))).chunk(len(states))
+        of_radius = dict(zip(states, features))
         return [of_radius[radius] for radius in distinct]
 
     @torch.no_grad()
@@ -385,11 +389,8 @@ class StructureTokenizer(nn.Module):
     # -- the way out
 
     def decode_features(self, f_hat):
-        """f̂ (B, C, p_K, p_K) → images, not clamped. Without gradients part by part: a batch of 1024-px pictures must fit."""
-        h = self.post_quant(f_hat)
-        if torch.is_grad_enabled():
-            return self.decoder(h)
-        return torch.cat([self.decoder(part) for part in h.split(max(1, DECODED_AT_ONCE // self.image_size ** 2))])
+        """f̂ (B, C, p_K, p_K) → images, not clamped."""
+        return in_parts(lambda part: self.decoder(self.post_quant(part)), f_hat, self.image_size, self.recompute)
 
     @torch.no_grad()
     def decode_states(self, tokens):
@@ -416,12 +417,11 @@ class StructureTokenizer(nn.Module):
     def forward(self, images, generator, state):
         """One training pass: (final image, focus state `state` of it, VQ loss, tokens, residuals).
 
-        state: index of the token map to decode besides the last, −1 for none (then the second result is None). Of all
-        focus states only these two carry gradients to the encoder: half the work, and a fraction of the memory.
+        state: index of the token map to decode besides the last, −1 for none (then the second result is None).
         """
         full = None
         if self.focus_input == 'image' or self.pyramid == 'scale':
-            full = self.focused_features(images, self.radii, generator, learn={len(self.radii) - 1, max(state, 0)})
+            full = self.focused_features(images, self.radii, generator)
         targets = self.targets(images, generator) if full is None else [area(f, p) for f, p in zip(full, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 

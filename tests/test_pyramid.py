@@ -168,6 +168,16 @@ def test_defocus_is_convolution_with_reflected_borders(kernel, radius):
     assert differ(defocus(images, radius, kernel), direct) < 1e-5
 
 
+def test_autocast_does_not_round_the_picture():
+    """Tokenizers are trained under it, on pictures that must be those that token files are made of."""
+    images = normal(2, 3, 24, 24)
+    for radius in (0.9, 3.3):
+        plain = defocus(images, radius), defocus_decimate(images, radius, 6)
+        with torch.autocast('cpu', torch.bfloat16):
+            cast = defocus(images, radius), defocus_decimate(images, radius, 6)
+        assert all(map(torch.equal, plain, cast))
+
+
 def test_a_blur_wider_than_the_image_is_refused():
     images = normal(1, 3, 16, 16)
     assert defocus(images, 15.5).shape == images.shape

@@ -682,7 +682,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
 
 def test_out_of_memory_names_the_setting_to_lower(capsys):
     for settings, message in (({'batch_size': 8, 'num_samples': 0}, 'lower --batch_size or --num_samples'),
-                              ({'accumulate': 1, 'batch_size': 8}, 'raise --accumulate (now 1) or set --recompute=True'),
+                              ({'accumulate': 1, 'recompute': False}, 'raise --accumulate (now 1) or set --recompute=True'),
                               ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size')):
         scope = settings | {'torch': torch}
         exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)

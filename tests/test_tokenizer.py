@@ -477,12 +477,28 @@ def test_widths_of_thirty_two_have_the_groups_of_the_published_tokenizer():
     assert [group_norm(width).num_groups for width in (32, 160, 320, 640)] == [32] * 4
 
 
-def test_many_pictures_are_decoded_part_by_part(monkeypatch):
+def test_many_pictures_go_through_the_networks_part_by_part(monkeypatch):
     structure, sizes = StructureTokenizer(16, (1, 2, 4), 16, 4, 8, (1, 1, 1), 1), []
-    f_hat = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    images, f_hat = torch.randn(5, 3, 16, 16, generator=seeded()), torch.randn(5, 4, 4, 4, generator=seeded())
     with torch.no_grad():
-        whole = structure.decode_features(f_hat)
-        structure.decoder.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
-        monkeypatch.setattr(tokenizer, 'DECODED_AT_ONCE', 2 * 16 * 16)
-        parts = structure.decode_features(f_hat)
-    assert sizes == [2, 2, 1] and torch.allclose(whole, parts, atol=1e-5)
+        whole = structure.features(images), structure.decode_features(f_hat)
+        for network in (structure.encoder, structure.decoder):
+            network.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
+        monkeypatch.setattr(tokenizer, 'AT_ONCE', 2 * 16 * 16)
+        parts = structure.features(images), structure.decode_features(f_hat)
+    assert sizes == [2, 2, 1] * 2 and all(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, parts))
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less(monkeypatch):
+    monkeypatch.setattr(tokenizer, 'AT_ONCE', 2 * 16 * 16)
+    images, found = torch.randn(4, 3, 16, 16, generator=seeded()), {}
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        structure = StructureTokenizer(16, (1, 2, 4), 16, 4, 8, (1, 1, 1), 1, max_radius=60.0)
+        structure.recompute, kept = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            picture, state_picture, vq, _, _ = structure(images, seeded(), 1)
+        (F.mse_loss(picture, images) + state_picture.square().mean() + vq).backward()
+        found[recompute] = torch.cat([p.grad.flatten() for p in structure.parameters() if p.grad is not None]), sum(kept)
+    (plain, all_kept), (again, few_kept) = found[False], found[True]
+    assert plain.shape == again.shape and (plain - again).abs().max() < 1e-5 * plain.abs().max() and few_kept < 0.2 * all_kept
