@@ -193,11 +193,26 @@ def start(device='auto', seed=0):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device={device}: {str(error).splitlines()[0]}; --device=auto takes what is there') from None
     if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        join_ranks('nccl' if device.type == 'cuda' else 'gloo')
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(seed)
     return device
+
+
+def join_ranks(backend):
+    """The process group that torchrun's environment describes.
+
+    torchrun keeps one store over its restarts (pytorch issue 135712), and a rank that starts sooner than another would find the
+    address of the dead one there: so each start has names of its own. Its number is the same on all ranks of one machine only.
+    """
+    of = os.environ.get
+    if of('TORCHELASTIC_USE_AGENT_STORE') != 'True' or of('LOCAL_WORLD_SIZE') != of('WORLD_SIZE'):
+        dist.init_process_group(backend)
+        return
+    store, rank, world_size = next(dist.rendezvous('env://'))
+    store = dist.PrefixStore(f'start {of("TORCHELASTIC_RESTART_COUNT")}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def has_fast_bfloat16(device):

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 import torch.nn as nn
 
 import runtime
-from configurator import UserError
+from configurator import HERE, UserError
 from runtime import (Log, SafeStep, adamw, atomic_write, check_same, digest, learning_rate, load_checkpoint, load_weights,
                      precision, read_log, read_weights, save_checkpoint, share_of_batch, write_json)
 
@@ -722,3 +723,27 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(checkpoint,
     monkeypatch.undo()
     assert stop.value.code == 1 and capsys.readouterr().err.startswith('error: disk full')
     assert load_checkpoint(checkpoint, 'toy')['step'] == 2
+
+
+SLOW_RANK = '''
+import os, signal, time
+import torch, torch.distributed as dist
+import runtime
+first, slow = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', os.environ['RANK'] == '1'
+time.sleep(slow)
+runtime.start('cpu', 0)
+both = runtime.all_reduce(torch.ones(1)).item()
+if first and slow:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+print(f'restarted {not first}, together {both:.0f}', flush=True)
+'''
+
+
+def test_ranks_that_torchrun_restarts_do_not_look_for_the_dead_one(tmp_path):
+    """The other one starts later here than the one that lived: it must be waited for, and not called at its old address."""
+    (tmp_path / 'job.py').write_text(SLOW_RANK)
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'job.py']
+    done = subprocess.run([sys.executable, *torchrun], cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1'},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count('restarted True, together 2') == 2, done.stdout + done.stderr
