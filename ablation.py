@@ -11,6 +11,7 @@ student → evaluation. Rows with the same stage 1 share its pieces. SCRIPT.done
 finished, and with which settings, those of the pieces before it included: where one has changed, it is done again.
 All rows have config/desk.py and the settings below in common; config/ablation/*.py and TABLE_4 say what differs.
 """
+import fcntl
 import json
 import os
 import platform
@@ -40,6 +41,7 @@ out_dir = 'out-ablation'        # tokenizers, token files and students, a folder
 results = 'results/ablation_charts.json'    # what was found; --table reads nothing else
 data = 'charts:4000'            # charts, so many to train on; or a folder with train/<class>/*.jpg and val/<class>/*.jpg
 base = 'config/desk.py'         # sizes and learning rates of all rows
+rows = ''                       # only these, as var,full,focus_schedule=states (default: all)
 # the budget of every row
 seeds = 3                       # 0, 1, ... of its tokenizers, students and samples
 tokenizer_steps = 1500          # of stage 1, the first third of them warm start
@@ -102,7 +104,10 @@ def plan():
         pieces.extend([] if same else [piece])
         return same[0] if same else piece
 
-    for row, seed in [(row, seed) for rows in (TABLE_3, TABLE_4) for seed in range(seeds) for row in rows]:
+    wanted = rows.split(',') if rows else [*TABLE_3, *TABLE_4]
+    if unknown := [row for row in wanted if row not in TABLE_3 | TABLE_4]:
+        raise UserError(f'--rows={rows}: there is no row {unknown[0]!r}; there are {", ".join(TABLE_3 | TABLE_4)}')
+    for row, seed in [(row, seed) for some in (TABLE_3, TABLE_4) for seed in range(seeds) for row in some if row in wanted]:
         tokenizer = add('train_tokenizer', settings('train_tokenizer', row, seed), (), f'tokenizer-{row}-{seed}')
         tokens = add('encode', settings('encode', row, seed), (tokenizer,), f'tokenizer-{row}-{seed}')
         student = add('train_fvar', settings('train_fvar', row, seed), (tokens,), f'{row}-{seed}')
@@ -145,10 +150,13 @@ def start(piece):
     texts = {name: ','.join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
     command = [sys.executable, HERE / f'{piece.script}.py', *(f'--{name}={text}' for name, text in texts.items())]
     os.makedirs(piece.folder, exist_ok=True)
-    Path(piece.marker).unlink(missing_ok=True)              # from here on the files are of these settings
-    runtime.say(f'{time.strftime("%H:%M:%S")} {piece.script} in {piece.folder}')
-    with open(f'{piece.folder}/{piece.script}.log', 'w', encoding='utf-8') as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    with open(f'{piece.folder}/lock', 'w') as lock:
+        # a piece holds it, and goes on by itself when this process is killed: two at once would write the same files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(piece.marker).unlink(missing_ok=True)          # from here on the files are of these settings
+        runtime.say(f'{time.strftime("%H:%M:%S")} {piece.script} in {piece.folder}')
+        with open(f'{piece.folder}/{piece.script}.log', 'w', encoding='utf-8') as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'}, pass_fds=[lock.fileno()])
 
 
 def work(pieces, runs):

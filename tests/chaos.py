@@ -1,16 +1,17 @@
 """Kills every long stage with SIGKILL at random moments, gives the same command again till it is done, and compares.
 
-    python tests/chaos.py               # `make chaos`: 24 kills of single processes, 2 of one of two ranks, and a SIGTERM
+    python tests/chaos.py               # `make chaos`: 24 kills of single processes, 2 of an ablation, 2 of one of two ranks, a SIGTERM
     python tests/chaos.py --kills=1     # of each stage, nothing else: what tests/test_chaos.py runs
 
 Weights, optimizers, logs, token files and pictures must equal those of an uninterrupted run bit for bit, and nothing else may
-lie about. A stage is forked from this process, which has imported torch: what is killed is what a command line starts, without
-the seconds of the import. Two ranks are real commands, torchrun --max-restarts.
+lie about; of the ablation, its results. A stage is forked from this process, which has imported torch: what is killed is what a
+command line starts, without the seconds of the import. Two ranks are real commands, torchrun --max-restarts.
 """
 import os
 
 os.environ['OMP_NUM_THREADS'] = '1'                         # threads would not survive the fork
 import argparse
+import json
 import random
 import runpy
 import shutil
@@ -39,11 +40,24 @@ STAGES = {
     'train_fvar': f'{TRAINING} --steps=60 --depth=2 --width=32 --num_heads=2 --drop_path=0.2 --distill_warmup=4 --batch_size=8 '
                   '--eval_pictures=20',
     'sample': '--num_samples=60 --batch_size=2 --device=cpu',
+    'ablation': '--rows=var,full --seeds=1 --tokenizer_steps=4 --steps=4 --results=out/results.json',
 }
+
+ABLATION = '''
+if script == 'train_tokenizer':
+    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, code_width = 8, (1, 2, 4), 8, (1, 1), 1, 16, 4
+    alias_vocab_size, alias_channels, max_radius, batch_size, eval_images = 16, 8, 64.0, 8, 8
+if script == 'train_fvar':
+    depth, width, num_heads, teacher_blocks, batch_size, eval_pictures = 2, 16, 2, 1, 8, 20
+if script == 'evaluate':
+    per_class, cnn_steps, distance = 2, 2, 'cnn'
+'''
 
 
 def command(stage, data):
     own_data = [] if stage == 'sample' else [f'--data={data}']
+    if stage == 'ablation':
+        own_data.append(f'--base={data / "ablation.py"}')
     return [str(HERE / f'{stage}.py'), str(HERE / 'config' / 'charts.py'), '--out_dir=out', *own_data, *STAGES[stage].split()]
 
 
@@ -56,6 +70,7 @@ def draw_data(folder, image_size=27):
                 path = folder / split / Charts.classes[label] / f'{i:03}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    (folder / 'ablation.py').write_text(ABLATION)
 
 
 def start(stage, data, folder):
@@ -114,7 +129,15 @@ def assert_same_files(whole, killed):
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 
 
-def kill_stage(stage, data, folder, kills, moments):
+def assert_same_results(whole, killed):
+    """Two ablations found the same, whatever time they took."""
+    found = [json.loads((folder / 'results.json').read_text()) for folder in (whole, killed)]
+    for run in found[0]['runs'] + found[1]['runs']:
+        assert run.pop('seconds')
+    assert found[0] == found[1] and len(found[0]['runs']) == 2
+
+
+def kill_stage(stage, data, folder, kills, moments, compare=assert_same_files):
     """Runs a stage in folder/whole without, in folder/killed with that many kills. Returns how many there were."""
     whole, killed = folder / 'whole', folder / 'killed'
     shutil.copytree(whole, before := folder / f'before-{stage}')
@@ -132,7 +155,7 @@ def kill_stage(stage, data, folder, kills, moments):
             os.waitpid(child, 0)
             done += 1
             print(f'kill {done} of {stage}, {wait:.2f} s after its start', flush=True)
-        assert_same_files(whole / 'out', killed / 'out')
+        compare(whole / 'out', killed / 'out')
     print(f'{stage}: {kills} kills, nothing lost ({duration:.1f} s uninterrupted)', flush=True)
     return kills
 
@@ -198,8 +221,9 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix='chaos-'))
     (folder / 'whole').mkdir()
     draw_data(folder / 'data')
-    kills = sum(kill_stage(stage, folder / 'data', folder, options.kills or 6, moments) for stage in STAGES)
+    kills = sum(kill_stage(stage, folder / 'data', folder, options.kills or 6, moments) for stage in STAGES if stage != 'ablation')
     if options.kills is None:
+        kills += kill_stage('ablation', folder / 'data', folder, 2, moments, assert_same_results)
         kills += kill_a_rank(folder / 'data', folder, moments)
     shutil.rmtree(folder)                                   # kept, to be looked at, when anything was lost
     print(f'{kills} kills, nothing lost')

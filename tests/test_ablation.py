@@ -1,8 +1,10 @@
 """ablation.py: rows differ in what they say and in nothing else, share what they can, resume, and the table adds up."""
 import functools
 import json
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +66,17 @@ def test_a_row_that_says_what_is_so_anyway_costs_nothing(small):
     pieces, runs = ablation.plan()
     assert runs['focus_schedule=matched', 1] is runs['full', 1]
     assert len({piece.marker for piece in pieces}) == len(pieces)
+
+
+def test_rows_can_be_chosen(small):
+    small(rows='full,focus_schedule=states')
+    pieces, runs = ablation.plan()
+    assert list(runs) == [(row, seed) for row in ('full', 'focus_schedule=states') for seed in range(2)]
+    assert {piece.folder.rpartition('/')[2] for piece in pieces if piece.script == 'train_fvar'} == {
+        f'{row}-{seed}' for row in ('full', 'focus_schedule=states') for seed in range(2)}
+    small(rows='full,vra')
+    with pytest.raises(UserError, match="there is no row 'vra'; there are var, full, "):
+        ablation.plan()
 
 
 def test_pieces_come_after_what_they_need_and_table_3_before_table_4(small):
@@ -192,6 +205,20 @@ def test_results_are_merged_as_they_come_and_not_mixed_with_other_settings(work,
     small(steps=7)
     with pytest.raises(UserError, match='other settings'):
         ablation.collect({})
+
+
+def test_a_piece_that_outlived_a_killed_ablation_is_waited_for(small, monkeypatch):
+    """Two processes would write the same files. The lock goes to the piece with its open file, and with its end."""
+    piece, kept = ablation.plan()[0][0], []
+    monkeypatch.setattr(ablation.subprocess, 'Popen', lambda command, pass_fds, **_: kept.append(os.dup(pass_fds[0])))
+    ablation.start(piece)                                   # the file is open still in what was started
+    second = threading.Thread(target=ablation.start, args=(piece,))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive() and len(kept) == 1
+    os.close(kept[0])                                       # the piece has ended
+    second.join(10)
+    assert not second.is_alive() and len(kept) == 2
 
 
 # -----------------------------------------------------------------------------
