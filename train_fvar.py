@@ -53,7 +53,7 @@ lr = 1e-4                       # peak learning rate (paper, at batch 256)
 warmup = 2000                   # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
 weight_decay = 0.05             # on matrices only
-grad_clip = 2.0                 # largest gradient norm
+grad_clip = 2.0                 # largest gradient norm, of the student and of the teacher
 # bookkeeping
 eval_every = 2000               # steps between validations
 eval_pictures = 1000            # held-out pictures a validation
@@ -247,7 +247,7 @@ def main():
                     found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
                 scaler.scale(found['total'] / accumulate).backward()
             terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
-        norm = safe_step(network.parameters(), runtime.learning_rate(step, steps, lr, warmup), terms)
+        norm = safe_step([part.parameters() for part in network.children()], runtime.learning_rate(step, steps, lr, warmup), terms)
         step += 1
         bar.update()
 

@@ -69,7 +69,7 @@ lr = 1e-4                       # peak learning rate
 warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
 weight_decay = 0.0              # on kernels; a decayed codebook collapses
-grad_clip = 1.0                 # largest gradient norm
+grad_clip = 1.0                 # largest gradient norm of either tokenizer
 # bookkeeping
 eval_every = 2000               # steps between validations
 eval_images = 256               # held-out images a validation
@@ -265,7 +265,7 @@ def main():
         # and backwards
         scaler.scale(loss).backward()
         runtime.average_gradients(tokenizers)
-        norm = safe_step(list(tokenizers.parameters()), runtime.learning_rate(step, steps, lr, warmup), terms)
+        norm = safe_step([structure.parameters(), alias.parameters()], runtime.learning_rate(step, steps, lr, warmup), terms)
         finite = math.isfinite(norm)                        # else the step was skipped, and nothing else may learn from it
         if finite and lambda_gan and step >= gan_start:
             gan_optimizer.zero_grad(set_to_none=True)       # drops what the generator's loss left there

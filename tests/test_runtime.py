@@ -193,7 +193,7 @@ def descent(grad_clip=1.0, scaler=None):
 
     def step(*gradient, lr=1.0, **terms):
         parameter.grad = torch.tensor(gradient)
-        return safe_step([parameter], lr, {name: torch.tensor(value) for name, value in terms.items()})
+        return safe_step([[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()})
     return parameter, step, safe_step
 
 
@@ -207,6 +207,14 @@ def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
     parameter, step, _ = descent(grad_clip=1.0)
     assert step(3.0, 4.0) == pytest.approx(5.0)
     assert parameter.tolist() == pytest.approx([-0.6, -0.8], rel=1e-4)
+
+
+def test_the_gradient_of_one_network_does_not_shorten_the_step_of_another():
+    calm, wild = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    safe_step = SafeStep(torch.optim.SGD([calm, wild], lr=1.0), precision('float32', CPU)[1], grad_clip=1.0)
+    calm.grad, wild.grad = torch.tensor([0.3, 0.4]), torch.tensor([300.0, 400.0])
+    assert safe_step([[calm], [wild]], 1.0) == pytest.approx(math.hypot(0.5, 500))
+    assert calm.tolist() == pytest.approx([-0.3, -0.4]) and wild.tolist() == pytest.approx([-0.6, -0.8])
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])

@@ -162,6 +162,24 @@ def test_two_ranks_train_the_tokenizers_that_one_would(data, tmp_path):
         assert (one[f'{name}.usage'] - two[f'{name}.usage']).abs().max() < 0.03 < one[f'{name}.usage'].max()
 
 
+def test_the_alias_tokenizer_has_no_say_in_how_the_structure_tokenizer_learns(data, tmp_path):
+    """Without quantizer a focus and a scale pyramid train the same autoencoder, though only the one has alias to learn beside it."""
+    for pyramid in ('focus', 'scale'):
+        run(train_tokenizer, **STAGE1 | dict(data=data, out_dir=str(tmp_path / pyramid), pyramid=pyramid, steps=4, warm_start=4,
+                                             grad_clip=0.1))
+    focus, scale = (state_of(tmp_path / pyramid / 'tokenizer.pt', 'structure', 'alias') for pyramid in ('focus', 'scale'))
+    changed = differing(focus, scale)
+    assert changed and all(name.startswith('/alias/') for name in changed)
+
+
+def test_a_teacher_that_teaches_nothing_leaves_the_student_as_it_is(train, tmp_path):
+    students = []
+    for settings in (dict(distill=False), dict(lambda_feat=0.0, lambda_logit=0.0)):
+        train(**settings, grad_clip=0.1)
+        students.append(state_of(tmp_path / 'student.pt', 'student'))
+    assert not differing(*students)
+
+
 def test_two_passes_a_step_are_one(train, stage2, tmp_path):
     train(accumulate=2)
     for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
