@@ -44,8 +44,8 @@ base = 'config/desk.py'         # sizes and learning rates of all rows
 rows = ''                       # only these, as var,full,focus_schedule=states (default: all)
 # the budget of every row
 seeds = 3                       # 0, 1, ... of its tokenizers, students and samples
-tokenizer_steps = 1500          # of stage 1, the first third of them warm start
-steps = 5000                    # of stage 2; over the first two thirds distillation gains its weight
+tokenizer_steps = 700           # of stage 1, the first third of them warm start
+steps = 1200                    # of stage 2; over the first two thirds distillation gains its weight
 # doing it in pieces
 minutes = 0.0                   # no piece is begun after that; 0 is no limit
 processes = 1                   # pieces at a time
