@@ -34,6 +34,7 @@ import train_tokenizer
 from configurator import HERE, UserError, configure, parse_value, read_config_file
 from data import normalize, open_dataset, sample_generators
 from model import load_deployed
+from picture_sets import load_images
 from pictures import picture_grid, save_png
 
 # input and output
@@ -263,7 +264,7 @@ def draw(runs):
         tokens, student, _ = run.needs
         structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
         dataset = open_dataset(data, 'val', structure.image_size, augment=False)
-        real, labels = evaluate.load_images(dataset, network.num_classes)       # one of each class
+        real, labels = load_images(dataset, network.num_classes)       # one of each class
         real, wanted, how = normalize(real[labels.argsort()]), torch.arange(network.num_classes).repeat_interleave(4), run.settings
         drawn = network.generate(structure, wanted, how['cfg'], how['top_k'], how['top_p'], sample_generators(0, range(len(wanted))))[1]
         columns += [structure.decode(structure.encode(real))[:, None], drawn.unflatten(0, (-1, 4))]

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import normalize, open_dataset
-from evaluate import load_images, read_samples
-from pictures import picture_grid, psnr, save_png
+from metrics import psnr
+from picture_sets import load_images, read_samples
+from pictures import picture_grid, save_png
 from pyramid import defocus_decimate, focus_radii, psf, view_sizes
 from tokenizer import load_tokenizers
 

@@ -29,22 +29,21 @@ import math
 import os
 import platform
 import tempfile
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import runtime
 from configurator import UserError, configure
-from data import (TokenDataset, balanced_labels, fetch, normalize, open_dataset, pictures_below, read_picture, sample_generators,
-                  to_uint8)
+from data import TokenDataset, balanced_labels, normalize, open_dataset, sample_generators, to_uint8
 from editing import consistent, refocus, unsharp, wiener
+from metrics import SmallCNN, frechet_distance, look, psnr, share, sharpness, ssim, statistics, torch_fidelity_metrics, train_cnn
 from model import load_deployed
-from pictures import psnr
+from picture_sets import (check_files, check_reference, check_samples, fingerprint, fingerprints, load_arrays, load_images,
+                          read_reference, read_samples, spread)
 from pyramid import defocus
 from tokenizer import load_tokenizers
 
@@ -86,101 +85,7 @@ config = configure(globals())
 
 
 # -----------------------------------------------------------------------------
-# two images
-
-def ssim(a, b):
-    """Structural similarity (Wang et al. 2004), mean over images, channels and windows. a, b (B, C, H, W) in [−1, 1].
-
-    11 × 11 Gaussian windows of σ = 1.5 that lie inside the image, K₁ = 0.01, K₂ = 0.03, range 2; on each colour
-    channel, at full size. Raises UserError for images smaller than a window.
-    """
-    H, W = a.shape[-2:]
-    if min(H, W) < 11:
-        raise UserError(f'SSIM needs images of at least 11 × 11 pixels, got {H} × {W}')
-    window = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / (2 * 1.5 ** 2))
-    window = window / window.sum()
-    # windowed means as matrix products: float64, because variances are small differences of large numbers
-    down, across = (torch.eye(n, dtype=torch.float64).unfold(1, 11, 1) @ window for n in (H, W))   # (n, n − 10)
-
-    def mean(x):
-        return down.T @ x @ across
-
-    a, b = a.cpu().double(), b.cpu().double()
-    mean_a, mean_b = mean(a), mean(b)
-    variance_a, variance_b = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2
-    covariance = mean(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-                  / ((mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2)))
-    return similarity.mean().item()
-
-
-def sharpness(images, truth):
-    """Mean gradient of images relative to the truth's, at the tenth of the pixels where the truth's is steepest: 1 is as
-    sharp as the truth, less is softer. (B, C, H, W) each."""
-    def steepness(x):
-        right, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
-        return (right ** 2 + down ** 2).sum(1).sqrt().flatten(1)
-
-    of_truth = steepness(truth)
-    edges = of_truth >= of_truth.quantile(0.9, dim=1, keepdim=True)
-    return (steepness(images)[edges].mean() / of_truth[edges].mean()).item()
-
-
-# -----------------------------------------------------------------------------
-# two sets of images
-
-def statistics(features):
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64. Raises UserError for N < 2."""
-    if len(features) < 2:
-        raise UserError(f'a Fréchet distance needs at least 2 images, got {len(features)}')
-    features = features.double()
-    mu = features.mean(0)
-    return mu, (features - mu).T @ (features - mu) / (len(features) - 1)
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), as Heusel et al. 2017 define FID. Means (D,), covariances (D, D).
-
-    Σ₁Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no matrix needs an inverse and singular ones are fine.
-    """
-    mu1, sigma1, mu2, sigma2 = (t.double() for t in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap).clamp(min=0).item()
-
-
-def torch_fidelity_metrics(generated, real, weights_path, device='cpu', batch_size=50, cache='', names=(None, None), moments=None):
-    """FID, Inception score, precision and recall (k = 3) of generated against real images, by torch-fidelity.
-
-    generated, real: uint8 (N, 3, H, W), N ≥ 10 each (IS takes ten parts). weights_path: Inception's weights on disk.
-    cache, names: a folder, and names of the two sets in it, so that a set compared twice is looked at once.
-    moments: published (mu, sigma) of real features: FID is then measured to them, and real may be None: no precision
-    and recall. UserError for smaller sets.
-    """
-    sizes = [len(images) for images in (generated, real) if images is not None]
-    if min(sizes) < 10:
-        raise UserError(f'{" and ".join(map(str, sizes))} images: FID, IS, precision and recall need at least 10 on both sides')
-    from torch_fidelity import calculate_metrics
-    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
-
-    class Pictures(torch.utils.data.TensorDataset):         # items must be tensors, not tuples of one
-        def __getitem__(self, index):
-            return self.tensors[0][index]
-
-    options = dict(
-        input1=Pictures(generated), input2=None if real is None else Pictures(real), feature_extractor='inception-v3-compat',
-        feature_extractor_weights_path=str(weights_path), input1_cache_name=names[0], input2_cache_name=names[1],
-        cache=bool(cache), cache_root=str(cache) or None, cuda=torch.device(device).type == 'cuda', batch_size=batch_size,
-        save_cpu_ram=True, verbose=False)
-    if moments:                                             # both layers at once, for IS then finds its own in the cache
-        extractor = create_feature_extractor('inception-v3-compat', ['2048', 'logits_unbiased'], **options)
-        features = extract_featuresdict_from_input_id_cached(1, extractor, **options)['2048']
-    found = calculate_metrics(isc=True, fid=moments is None, prc=real is not None, **options)
-    return {'fid': frechet_distance(*statistics(features), *moments) if moments else found['frechet_inception_distance'],
-            'isc': found['inception_score_mean'], 'precision': found.get('precision'), 'recall': found.get('recall')}
-
+# what judges, and what is judged
 
 def find_inception():
     """(path, '') of the Inception weights, or ('', one line that says which file is missing where).
@@ -199,74 +104,6 @@ def find_inception():
                 raise UserError(f'{path} is truncated or another file: get {url} again, or use --distance=cnn')
             return path, ''
     return '', f'the Inception weights are not on disk: put {url} at {inception_weights}'
-
-
-# -----------------------------------------------------------------------------
-# the CNN behind FD-cnn
-
-class SmallCNN(nn.Module):
-    """A small classifier of pictures: four 3×3 convolutions with BatchNorm, and the mean over the picture as features.
-
-    Images (B, 3, S, S) in [−1, 1]; those wider than 64 px are averaged down to 64.
-    """
-
-    def __init__(self, num_classes, width=32):
-        super().__init__()
-        layers, shapes = [], [(3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
-        for width_in, width_out, stride in shapes:
-            layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(4 * width, num_classes)
-
-    def features(self, x):
-        """(B, 3, S, S) → (B, 4·width)."""
-        if x.shape[-1] > 64:
-            x = F.interpolate(x, (64, 64), mode='area')
-        return self.layers(x).mean((2, 3))
-
-    def forward(self, x):
-        """(B, 3, S, S) → class logits (B, num_classes)."""
-        return self.head(self.features(x))
-
-
-def train_cnn(images, labels, num_classes, steps=300, batch=64, lr=5e-3, augment=False, device='cpu', seed=0):
-    """A SmallCNN in eval mode, trained on images uint8 (N, 3, S, S) with labels (N,). The same seed gives the same CNN.
-
-    augment: mirror half of the images and shift all by up to an eighth: for photographs, where mirrored and shifted
-    is still the same class.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        cnn = SmallCNN(num_classes)
-    cnn = cnn.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(cnn.parameters(), lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = runtime.generator(seed, 6)
-    shift = images.shape[-1] // 8
-    bar = runtime.progress(steps, label='cnn', scale=batch)
-    for _ in range(steps):
-        picks = torch.randint(len(images), (batch,), generator=generator)
-        x = normalize(images[picks].to(device)).contiguous(memory_format=torch.channels_last)
-        if augment:
-            mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-            top, left = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
-            x = torch.where(mirrored.to(device), x.flip(-1), x)
-            x = F.pad(x, 4 * [shift], mode='reflect')[:, :, top:top + images.shape[-2], left:left + images.shape[-1]]
-        loss = F.cross_entropy(cnn(x), labels[picks].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.update()
-    bar.close()
-    return cnn.eval()
-
-
-@torch.no_grad()
-def look(cnn, images):
-    """Features (N, D) and predicted classes (N,) of uint8 images, on the CPU."""
-    dev = cnn.head.weight.device
-    features = torch.cat([cnn.features(normalize(part.to(dev))) for part in images.split(256)])
-    return features.cpu(), cnn.head(features).argmax(1).cpu()
 
 
 def load_or_train_cnn(train, held_out, data_name, classes, dev):
@@ -291,28 +128,6 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
     return cnn, accuracy
 
 
-def share(hits):
-    return hits.float().mean().item()
-
-
-# -----------------------------------------------------------------------------
-# real and generated images, uint8 (N, 3, S, S)
-
-def spread(labels, count):
-    """Indices of `count` items (0, or more than there are: all), every class with its share; ascending."""
-    by_class = labels.argsort(stable=True)
-    if 0 < count < len(labels):
-        by_class = by_class[torch.arange(count) * len(labels) // count]
-    return by_class.sort().values
-
-
-def load_images(dataset, count):
-    """(images, labels) of at most `count` items of a data set, centre crops."""
-    indices = spread(dataset.labels, count).tolist()
-    images, labels = zip(*fetch(dataset, [indices[i:i + 256] for i in range(0, len(indices), 256)], workers))
-    return torch.cat(images), torch.cat(labels)
-
-
 @torch.no_grad()
 def generate(student, structure, autocast):
     """(images, labels): per_class samples of every class, those that sample.py --num_samples writes with the same seed."""
@@ -326,157 +141,6 @@ def generate(student, structure, autocast):
             images.append(to_uint8(drawn).cpu())
             bar.update(len(numbers))
     return torch.cat(images), labels
-
-
-def read_samples(path, image_size, classes):
-    """(images, labels or None) from a folder of pictures or an .npz; see read_folder and read_npz. Real ones are read alike."""
-    if os.path.isdir(path):
-        return read_folder(path, image_size, classes)
-    if os.path.isfile(path):
-        return read_npz(path, image_size, len(classes))
-    raise UserError(f'--samples={path}: no such folder or file')
-
-
-def read_reference(path, image_size):
-    """(images or None, moments or None) from a folder of pictures or an .npz: what distances are measured to.
-
-    moments: (mu (2048,), sigma (2048, 2048)) of Inception's features, in an .npz that holds them. Those that are published
-    for guided-diffusion's evaluator hold 10,000 images (arr_0) as well. UserError for statistics of other features.
-    """
-    arrays = load_arrays(path, ('mu', 'sigma')) if os.path.isfile(path) else {}
-    if not arrays:
-        return read_folder(path, image_size)[0] if os.path.isdir(path) else read_npz(path, image_size)[0], None
-    mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or {mu.dtype.kind, sigma.dtype.kind} != {'f'}:
-        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception\'s pool3 features, '
-                        f'they are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, atol=1e-4)):
-        raise UserError(f'{path}: mu and sigma are damaged: not finite, or not symmetric')
-    with zipfile.ZipFile(path) as file:                     # looked for only: 10,000 images are not read twice
-        has_images = 'arr_0.npy' in file.namelist()
-    return read_npz(path, image_size)[0] if has_images else None, (torch.from_numpy(mu), torch.from_numpy(sigma))
-
-
-def read_folder(path, image_size, classes=()):
-    """Pictures at any depth, shuffled; labels where all lie in folders named like classes. UserError naming a bad file."""
-    files = pictures_below(path)
-    if not files:
-        raise UserError(f'{path}: no pictures in this folder')
-    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    for i, file in enumerate(files):
-        try:
-            picture = read_picture(file, image_size)
-        except Exception as error:                          # Pillow raises nearly anything on a broken file
-            raise UserError(f'{file!a} can not be read ({type(error).__name__}: {error}): remove it or make it again') from None
-        check_size(file, picture.size, image_size)
-        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
-    labels = torch.tensor([classes.index(folder) for folder in folders]) if set(folders) <= set(classes) else None
-    # sorted names are in class order, which says nothing about how the samples were made
-    order = torch.randperm(len(files), generator=runtime.generator(seed, 8))
-    return images[order], None if labels is None else labels[order]
-
-
-def load_arrays(path, names):
-    """{name: array} of those that an .npz has; UserError if it can not be read. Never runs code from the file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise UserError(f'{path} can not be read: damaged, or not an .npz of plain arrays') from None
-
-
-def read_npz(path, image_size, num_classes=0):
-    """arr_0 (N, S, S, 3) uint8, and labels from arr_1 (N,) if it is there: what guided-diffusion's evaluator reads.
-
-    num_classes: 0 leaves the labels alone, those of a reference say nothing here.
-    """
-    arrays = load_arrays(path, ('arr_0', 'arr_1') if num_classes else ('arr_0',))
-    if 'arr_0' not in arrays:
-        raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
-    images, labels = arrays['arr_0'], arrays.get('arr_1')
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), it is {images.dtype} {images.shape}; figures are of '
-                        f'rounded values from 0 to 255')
-    check_size(path, images.shape[2:0:-1], image_size)
-    if labels is not None:
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < num_classes:
-            raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {num_classes - 1}')
-        labels = torch.from_numpy(labels.astype(np.int64))
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
-
-
-def check_size(name, size, image_size):
-    if tuple(size) != (image_size, image_size):
-        raise UserError(f'{name}: these are {size[0]} × {size[1]} px, the tokenizer\'s images {image_size} × {image_size}: '
-                        f'a distance between them would measure the resizing')
-
-
-def fingerprints(images):
-    """16 bytes for every image: equal ones have equal bytes."""
-    return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in images]
-
-
-def fingerprint(of_images):
-    """One for a whole set of images in their order, from the fingerprints of each; hexadecimal."""
-    return hashlib.blake2b(b''.join(of_images), digest_size=8).hexdigest()
-
-
-def check_reference(count, num_features):
-    """Warnings, a line each, about a reference of so many images."""
-    if count <= num_features:
-        return [f'{count} reference images for {num_features} features: their covariance is singular and every distance too high; '
-                f'compare only with runs that have the same reference']
-    if num_features == 2048 and count < 50_000:
-        return [f'{count} reference images (--real_images, --reference): published FIDs compare with whole training sets or their '
-                f'statistics; fewer raise it']
-    return []
-
-
-def check_files(path):
-    """Warnings, a line each, about how samples were saved."""
-    files = pictures_below(path) if os.path.isdir(path) else []
-    lossy = sum(file.lower().endswith(('.jpg', '.jpeg')) for file in files)
-    return [f'{lossy} of {len(files)} samples are JPEG: FID counts what compression did to them as an error; save PNG'] if lossy else []
-
-
-def check_samples(images, labels, num_features, num_classes, known=()):
-    """Warnings, a line each, about samples that make the figures say something else than they seem to.
-
-    images uint8 (N, 3, S, S); labels (N,) or None; num_features of the network behind the distance; known: fingerprints of
-    the reference's images. UserError for N < 10.
-    """
-    count, warnings = len(images), []
-    if count < 10:
-        raise UserError(f'only {count} samples: no distance can be measured; give at least 10, better thousands')
-    if count <= num_features:
-        warnings.append(f'{count} samples for {num_features} features: their covariance is singular and the distance far too '
-                        f'high; compare it only with the floor and with runs of as many samples')
-    if num_features == 2048 and num_features < count < 50_000:
-        warnings.append(f'{count} samples: published FIDs use 50,000; fewer raise it')
-    flat = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
-    if flat.any():
-        warnings.append(f'{int(flat.sum())} of {count} samples are one flat colour: failed samples raise every distance')
-    if images.max() <= 1:
-        warnings.append('samples hold nothing above 1 of 255: were they made uint8 before they were scaled? The figures are of black '
-                        'pictures')
-    found = fingerprints(images[~flat])
-    copies, known = len(found) - len(set(found)), set(known)
-    if copies:
-        warnings.append(f'{copies} of {count} samples repeat another one: the figures are of {count - copies} samples, and fewer '
-                        f'raise FID and lower recall; was a seed used twice?')
-    if stolen := sum(one in known for one in found):
-        warnings.append(f'{stolen} of {count} samples are images of the reference itself: the distance is too low, it rewards copying')
-    if labels is None:
-        return warnings + ['samples carry no class (class folders, or arr_1): no `recognised`, and nobody checks that '
-                           'classes are as frequent as in the real images']
-    frequency = labels.bincount(minlength=num_classes)
-    if frequency.min() != frequency.max():
-        warnings.append(f'{frequency.min()} to {frequency.max()} samples a class: the distance counts the imbalance as an error')
-    if num_classes > 1 and (labels.diff() >= 0).all():
-        warnings.append('samples are in class order: harmless here, where IS is taken over shuffled parts, but evaluators '
-                        'that do not shuffle report too low an IS')
-    return warnings
 
 
 # -----------------------------------------------------------------------------
@@ -694,7 +358,7 @@ def main():
                     f'({figures["images"]} held-out images)\n  nats a token, for each token map: '
                     + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map']))
     if chosen == ['refocus']:
-        images, _ = load_images(open_dataset(data_name, 'val', structure.image_size, augment=False), refocus_images)
+        images, _ = load_images(open_dataset(data_name, 'val', structure.image_size, augment=False), refocus_images, workers)
         results['refocus'] = refocus_figures(student, structure, images, autocast)
         print_refocus(results['refocus'])
     if 'tokenizer' in chosen or 'samples' in chosen:
@@ -702,7 +366,7 @@ def main():
         classes = datasets['train'].classes
         if student and not (vae and student.num_classes == len(classes)):       # published weights only number theirs
             check_classes(stage2['classes'], classes, data_name)
-        real = {split: load_images(dataset, real_images) for split, dataset in datasets.items()}
+        real = {split: load_images(dataset, real_images, workers) for split, dataset in datasets.items()}
         evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results)
     name = 'refocus.json' if chosen == ['refocus'] else 'results.json'
     runtime.write_json(os.path.join(out_dir, name), results)

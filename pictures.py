@@ -117,12 +117,3 @@ def save_gif(path, frames, seconds=0.5, last=2.0):
     frames = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
     with atomic_write(path) as file:
         frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB, the mean over the images of each one's own. a, b (B, 3, H, W) in [−1, 1].
-
-    The peak is 2, the width of the range. Equal images have inf.
-    """
-    error = (a.float() - b.float()).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / error)).mean().item()

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import batches, in_order, normalize, open_dataset
+from metrics import psnr
 from model import fill_official_tokenizer
-from pictures import picture_grid, psnr, save_png
+from pictures import picture_grid, save_png
 from pyramid import defocus
 from tokenizer import build_tokenizers
 

@@ -4,8 +4,10 @@ import os
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configurator import HERE
 
@@ -26,3 +28,24 @@ def run_script(monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
     return run_script
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pictures(labels, side=16, seed=0):
+    """Noise, dark for label 0 and light for label 1: uint8 (N, 3, side, side)."""
+    noise = torch.randint(0, 100, (len(labels), 3, side, side), generator=torch.Generator().manual_seed(seed))
+    return (noise + 140 * labels[:, None, None, None]).to(torch.uint8)
+
+
+def save_pictures(folder, images):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f'{i}.png')
+
+
+def statistics_file(path, **others):
+    np.savez(path, **{'mu': np.zeros(2048), 'sigma': np.eye(2048, dtype=np.float32)} | others)
+    return str(path)

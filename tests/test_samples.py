@@ -17,6 +17,7 @@ import runtime
 from configurator import HERE, UserError
 from data import balanced_labels, sample_generators
 from model import VAR, build_student, draw, filter_logits, smooth_codes
+from picture_sets import check_samples, read_samples
 from tokenizer import build_tokenizers
 
 STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=64, code_width=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
@@ -76,11 +77,11 @@ def whole(trained, tmp_path_factory):
 # what is in the file
 
 def test_every_class_comes_equally_often_in_an_order_of_the_seed(whole):
-    images, labels = evaluate.read_samples(str(whole), 16, CLASSES)
+    images, labels = read_samples(str(whole), 16, CLASSES)
     assert images.shape == (COUNT, 3, 16, 16) and images.dtype == torch.uint8 and len(images.flatten(1).unique(dim=0)) == COUNT
     assert labels.bincount().tolist() == 3 * [COUNT // 3] and torch.equal(labels, balanced_labels(3, COUNT, seed=0))
     assert (labels.diff() < 0).any() and not torch.equal(labels, balanced_labels(3, COUNT, seed=1))
-    assert evaluate.check_samples(images, labels, 8, 3) == []
+    assert check_samples(images, labels, 8, 3) == []
 
 
 def test_a_plain_npz_that_says_what_made_it(whole):
@@ -94,7 +95,7 @@ def test_a_plain_npz_that_says_what_made_it(whole):
 
 def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, trained):
     structure, student, *_ = model.load_deployed(str(trained))
-    images, labels = evaluate.read_samples(str(whole), 16, CLASSES)
+    images, labels = read_samples(str(whole), 16, CLASSES)
     _, wanted = student.generate(structure, labels[[4, 17]], generator=sample_generators(0, (4, 17)))
     assert torch.equal(data.to_uint8(wanted), images[[4, 17]])
 
@@ -103,7 +104,7 @@ def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypat
     structure, student, *_ = model.load_deployed(str(trained))
     for name, value in dict(per_class=COUNT // 3, batch_size=7).items():
         monkeypatch.setattr(evaluate, name, value)
-    found, wanted = evaluate.generate(student, structure, runtime.nullcontext), evaluate.read_samples(str(whole), 16, CLASSES)
+    found, wanted = evaluate.generate(student, structure, runtime.nullcontext), read_samples(str(whole), 16, CLASSES)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
@@ -145,7 +146,7 @@ def test_smooth_pictures_do_not_depend_on_the_batch_either(samples):
 
 def test_another_seed_gives_other_pictures(samples, whole):
     (whole.parent / 'other.npz').write_bytes(samples('--seed=1'))
-    ours, other = (evaluate.read_samples(str(whole.parent / name), 16, CLASSES)[0] for name in ('samples.npz', 'other.npz'))
+    ours, other = (read_samples(str(whole.parent / name), 16, CLASSES)[0] for name in ('samples.npz', 'other.npz'))
     assert (ours != other).flatten(1).any(1).all()
 
 
