@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -258,12 +259,12 @@ def learning_rate(step, steps, peak, warmup, final=0.1):
 
 
 def adamw(module, lr, betas, weight_decay):
-    """AdamW that decays matrices and kernels only: biases, gains, embeddings of one row are left alone. UserError for odd betas."""
+    """AdamW that decays the weights of linear layers and convolutions: no bias, gain, embedding or position. UserError for odd betas."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f'betas={betas}: give two numbers of at least 0 and less than 1')
+    kernels = {part.weight for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if sum(n > 1 for n in p.shape) >= 2]
-    others = [p for p in parameters if sum(n > 1 for n in p.shape) < 2]
+    decayed, others = ([p for p in parameters if (p in kernels) == kind] for kind in (True, False))
     groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 

@@ -52,7 +52,7 @@ accumulate = 1                  # forward and backward passes a step, each over 
 lr = 1e-4                       # peak learning rate (paper, at batch 256)
 warmup = 2000                   # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
-weight_decay = 0.05             # on matrices only
+weight_decay = 0.05             # on the weights of linear layers only
 grad_clip = 2.0                 # largest gradient norm, of the student and of the teacher
 # bookkeeping
 eval_every = 2000               # steps between validations

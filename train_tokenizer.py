@@ -69,7 +69,7 @@ batch_size = 256                # images a step, over all ranks
 lr = 1e-4                       # peak learning rate
 warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
-weight_decay = 0.0              # on kernels; a decayed codebook collapses
+weight_decay = 0.0              # on the weights of convolutions only
 grad_clip = 1.0                 # largest gradient norm of either tokenizer
 # bookkeeping
 eval_every = 2000               # steps between validations
