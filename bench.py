@@ -9,7 +9,7 @@ pyramid    the focused views of a batch at 256 px, against direct convolution an
 tokenizer  encoding into both kinds of tokens, decoding
 encode     images to token files: the share of the time that both encoders take
 train      a step of stage 2 from token files; without teacher; compiled
-sample     latency of one picture and of a batch; without KV cache
+sample     latency of one picture and of a batch; without KV cache; compiled
 depths     time of d12 … d24 relative to d12 (Table 1, column Time)
 growth     computed, not measured: FLOPs from the shapes, hours on eight A100 at `share` of their peak, memory a GPU
 
@@ -17,6 +17,7 @@ The baseline computes tokens at every step, attends under one dense mask, concat
 steps parameter by parameter. Weights are random, which changes no time. FLOPs are those of matrix products, convolutions
 and attention as executed; peak is what a large matrix product reaches in the same run. Prints tables; writes bench.json.
 """
+import copy
 import statistics
 import tempfile
 import time
@@ -48,7 +49,7 @@ stage2 = ''                     # config file of student and teacher (default: c
 batch_size = 0                  # pictures a training step (default: the demo's 8, on a GPU 32)
 sample_batch = 0                # pictures of a sampled batch (default: 64)
 repeats = 5                     # times everything is repeated, in turn
-compiled = False                # also time training with compiled blocks (a minute to compile on a CPU)
+compiled = False                # also time compiled blocks (minutes to compile on a CPU)
 share = 0.4                     # share of the peak that the growth table supposes
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
@@ -276,17 +277,21 @@ def bench_train(structure, alias, network, images, dev, autocast, top):
                 f'{work["student and teacher"] / work["student alone (distill=False)"] - 1:.0%} '
                 'to its FLOPs' + (f'; peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if dev.type == 'cuda' else ''))
     if compiled:
-        train_fvar.compile_blocks(network)
-        t = timed(dev, ours)[0]
+        twin = copy.deepcopy(network)
+        train_fvar.compile_blocks(twin)
+        t = timed(dev, step_of(twin))[0]
         row('train', 'student and teacher, compiled', t, f'{batch / t[0]:.1f} images/s; {first / t[0]:.2f} × as fast as eager')
 
 
 def bench_sample(structure, student, count, dev, autocast, top):
     student.eval()
+    if compiled:
+        twin = copy.deepcopy(student)
+        train_fvar.compile_blocks(FVAR(twin))
     for batch in (1, count):
         labels = torch.arange(batch, device=dev) % student.num_classes
 
-        def draw(cast=autocast, **more):
+        def draw(cast=autocast, student=student, **more):
             with cast():
                 return student.generate(structure, labels, generator=torch.Generator(dev).manual_seed(seed), **more)
 
@@ -298,6 +303,8 @@ def bench_sample(structure, student, count, dev, autocast, top):
             jobs['plain transcription, float32'] = transcription
             if autocast is nullcontext and not all(map(torch.equal, draw()[0], transcription()[0])):
                 runtime.say('warning: ours and the transcription sampled different tokens')
+        if compiled:
+            jobs['compiled'] = lambda: draw(student=twin)
         times = dict(zip(jobs, timed(dev, *jobs.values())))
         work, first = flops(draw), times['with KV cache'][0]
         for what, t in times.items():

@@ -620,6 +620,26 @@ class progress(tqdm):
         return values | {'images': f'{rate * self.scale:.0f} {self.unit}/s'}
 
 
+class Waiting:
+    """An iterator that knows which share of the time since its first item its user has waited for items."""
+
+    def __init__(self, items):
+        self.items, self.waited, self.began = iter(items), 0.0, None
+
+    def __next__(self):
+        asked = time.perf_counter()
+        item = next(self.items)
+        given = time.perf_counter()
+        if self.began is None:                              # what starts only once is no waiting
+            self.began = given
+        else:
+            self.waited += given - asked
+        return item
+
+    def share(self):
+        return self.waited / max(1e-9, time.perf_counter() - self.began) if self.began else 0.0
+
+
 def say(*words):
     """Prints on rank 0 without breaking a progress bar."""
     if rank() == 0:

@@ -230,7 +230,7 @@ def main():
     trained = runtime.parallel(network, dev)
     log = runtime.Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', scale=batch_size)
-    supply = source.endless(step)
+    supply = runtime.Waiting(source.endless(step))
     saving = runtime.Saving(save_every, save_seconds, dev)
     while step < steps:
         structure_tokens, alias_tokens, labels = (t.to(dev, non_blocking=True) for t in next(supply))
@@ -267,7 +267,7 @@ def main():
             saving.stop_if_asked(step)
     saving.end()
     bar.close()
-    runtime.say(f'wrote {out_dir}/student.pt')
+    runtime.say(f'wrote {out_dir}/student.pt; waited for data {supply.share():.1%} of the time')
 
 
 def blocks_of(network):

@@ -236,7 +236,7 @@ def main():
         save({})
     log = runtime.Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
-    supply = batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers)
+    supply = runtime.Waiting(batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers))
     saving = runtime.Saving(save_every, save_seconds, dev)
     while step < steps:
         images = normalize(next(supply)[0].to(dev)).contiguous(memory_format=torch.channels_last)
@@ -305,7 +305,7 @@ def main():
     bar.close()
     if runtime.rank() == 0:
         draw(structure, validation[:8], f'{out_dir}/tokenizer.png')
-        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')
+        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png; waited for data {supply.share():.1%} of the time')
 
 
 # settings that a resumed run may change
