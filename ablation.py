@@ -4,7 +4,7 @@
     python ablation.py --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
     python ablation.py --data=DIR --results=results/ablation_photos.json --out_dir=out-photos      # on photographs
     python ablation.py --table                      # what was found so far, as a Markdown table
-    python ablation.py --figures                    # VAR and FVAR side by side: ablation_samples.png beside the results
+    python ablation.py --figures                    # VAR and FVAR side by side: ablation_samples.png, ablation_curves.png
 
 A row and a seed take four pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
 student → evaluation. Rows with the same stage 1 share its pieces. SCRIPT.done.json in its folder says that a piece is
@@ -33,9 +33,10 @@ import train_fvar
 import train_tokenizer
 from configurator import HERE, UserError, configure, parse_value, read_config_file
 from data import normalize, open_dataset, sample_generators
+from metrics import radial_power, spectrum_distance
 from model import load_deployed
 from picture_sets import load_images
-from pictures import picture_grid, save_png
+from pictures import line_chart, picture_grid, save_png, side_by_side
 
 # input and output
 out_dir = 'out-ablation'        # tokenizers, token files and students, a folder for each row and seed
@@ -258,18 +259,41 @@ def markdown(runs):
 
 @torch.no_grad()
 def draw(runs):
-    """A row for each class: a held-out picture, what the tokenizers of VAR and FVAR make of it, four samples of each."""
-    columns, names = [], ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
-    for run in (runs['var', 0], runs['full', 0]):
+    """Two pictures of VAR and FVAR, seed 0, beside the results: ablation_samples.png, ablation_curves.png.
+
+    In the first a row for each class: a held-out picture, what the tokenizers make of it, four samples of each. In the second the
+    loss of the students, the spectrum of what the tokenizers get wrong relative to that of the pictures, and that of samples.
+    """
+    images, losses, errors, spectra = {}, {}, {}, {}
+    for name, run in (('VAR', runs['var', 0]), ('FVAR', runs['full', 0])):
         tokens, student, _ = run.needs
         structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
-        dataset = open_dataset(data, 'val', structure.image_size, augment=False)
-        real, labels = load_images(dataset, network.num_classes)       # one of each class
-        real, wanted, how = normalize(real[labels.argsort()]), torch.arange(network.num_classes).repeat_interleave(4), run.settings
-        drawn = network.generate(structure, wanted, how['cfg'], how['top_k'], how['top_p'], sample_generators(0, range(len(wanted))))[1]
-        columns += [structure.decode(structure.encode(real))[:, None], drawn.unflatten(0, (-1, 4))]
-    rows = torch.cat([real[:, None], columns[0], columns[2], columns[1], columns[3]], 1)
+        dataset, how = open_dataset(data, 'val', structure.image_size, augment=False), run.settings
+        real, labels = load_images(dataset, 50 * network.num_classes)
+        of_class = [(labels == label).nonzero().flatten() for label in range(network.num_classes)]
+        count = min(map(len, of_class))                     # as many of every class
+        real = normalize(real[torch.cat([some[:count] for some in of_class])])
+        decoded = torch.cat([structure.decode(structure.encode(part)) for part in real.split(100)])
+        wanted, numbers = torch.arange(network.num_classes).repeat_interleave(count), torch.arange(len(real))
+        drawn = torch.cat([network.generate(structure, wanted[some], how['cfg'], how['top_k'], how['top_p'], sample_generators(0, some))[1]
+                           for some in numbers.split(100)])
+        images['real'], images[name] = real[::count, None], (decoded[::count, None], drawn.unflatten(0, (-1, count))[:, :4])
+
+        steps_of = [record for record in runtime.read_log(f'{student.folder}/fvar.jsonl') if 'ce' in record]
+        ce = [mean(record['ce'] for record in steps_of[max(0, i - 4):i + 1]) for i in range(len(steps_of))]
+        losses[name] = [record['step'] for record in steps_of], ce
+        rings = [(ring + 0.5) / 16 for ring in range(8)]
+        errors[name] = rings, (10 * (radial_power(decoded - real) / radial_power(real)).log10()).tolist()
+        spectra[name] = rings, spectrum_distance(drawn, real).tolist()
+    spectra['real, half against half'] = rings, spectrum_distance(real[::2], real[1::2]).tolist()
+
+    names = ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
+    rows = torch.cat([images['real'], images['VAR'][0], images['FVAR'][0], images['VAR'][1], images['FVAR'][1]], 1)
     save_png(Path(results).with_name('ablation_samples.png'), picture_grid(rows.flatten(0, 1), len(names), dataset.classes, names))
+    charts = [line_chart(losses, 'step', 'students: nats a token (mean of 5 records)'),
+              line_chart(errors, 'cycles a pixel', 'tokenizers: error / picture, dB'),
+              line_chart(spectra, 'cycles a pixel', 'samples / real pictures, dB')]
+    save_png(Path(results).with_name('ablation_curves.png'), side_by_side(charts))
 
 
 def main():

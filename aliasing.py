@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import runtime
 from configurator import UserError, configure
 from data import normalize, open_dataset
-from metrics import psnr
+from metrics import fade, psnr, spectrum_distance
 from picture_sets import load_images, read_samples
 from pictures import picture_grid, save_png
 from pyramid import defocus_decimate, focus_radii, psf, view_sizes
@@ -92,15 +92,6 @@ def view(images, radius, size, kernel):
     cut = margin * size // side                             # the margin in pixels of the view
     at = torch.arange(-margin, side + margin) % side
     return defocus_decimate(images[..., at[:, None], at], radius, size + 2 * cut, kernel)[..., cut:cut + size, cut:cut + size]
-
-
-def fade(images):
-    """Pictures of mean zero, faded out towards the border (Hann): the edge where they meet their repetition is not theirs."""
-    t = (torch.arange(images.shape[-1], dtype=torch.float64) + 0.5) / images.shape[-1]
-    window = torch.sin(math.pi * t) ** 2
-    window = window[:, None] * window
-    images = window * (images - images.mean((-1, -2), keepdim=True))
-    return images - images.mean((-1, -2), keepdim=True)
 
 
 def energy(x):
@@ -255,24 +246,6 @@ def reconstruction_mtf(structure, count=64):
     edges = 0.8 * edges.expand(-1, 3, -1, -1)
     where = distance(torch.arange(side)).expand_as(edges)
     return [edge_mtf(images, where, half=max(1, min(8, side // 4))) for images in (edges, reconstruct(structure, edges))]
-
-
-def radial_power(images, bands=8):
-    """Power (bands,) of images (B, C, S, S) without their means, under a Hann window, in rings up to 0.5 cycles a pixel.
-
-    Ring b holds the frequencies from b/(2·bands) on; the constant is left out. White noise has the same in all
-    but the first, which loses a little with the mean.
-    """
-    spectrum = torch.fft.fft2(fade(images.double())).abs().square().mean((0, 1))
-    f = torch.fft.fftfreq(images.shape[-1], dtype=torch.float64)
-    radius = torch.hypot(f[:, None], f)
-    ring = (radius * 2 * bands).floor().long()
-    return torch.stack([spectrum[(ring == b) & (radius > 0)].mean() for b in range(bands)]).clamp(min=1e-12)
-
-
-def spectrum_distance(images, real):
-    """10·log10 of the power of images over that of real ones, for each ring: positive is too much. (bands,)"""
-    return 10 * torch.log10(radial_power(images) / radial_power(real))
 
 
 # -----------------------------------------------------------------------------

@@ -106,6 +106,43 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     return canvas
 
 
+def line_chart(lines, x_name, y_name, width=480, height=320):
+    """{name: (xs, ys)} → a PIL picture of the lines in one pair of axes, at most four of them; points that are not finite are left out."""
+    font, left, top, right, colors = ImageFont.load_default(13), 58, 26, width - 16, ('#c0392b', '#2471a3', '#7f8c8d', '#27ae60')
+    canvas = Image.new('RGB', (width, height), 'white')
+    pen, inner = ImageDraw.Draw(canvas), (right - left, height - top - 42)
+    lines = {name: [point for point in zip(*line) if math.isfinite(sum(point))] for name, line in lines.items()}
+    low, high = ([choose(point[axis] for line in lines.values() for point in line) for axis in (0, 1)] for choose in (min, max))
+
+    def place(point):
+        x, y = ((value - a) / ((b - a) or 1) for value, a, b in zip(point, low, high))
+        return left + x * inner[0], top + (1 - y) * inner[1]
+
+    for axis in (0, 1):
+        span = (high[axis] - low[axis]) or 1
+        step = 10 ** math.floor(math.log10(span / 2))       # 1, 2 or 5 times a power of ten: two to six ticks
+        step *= next(factor for factor in (5, 2, 1) if span / (step * factor) >= 2 or factor == 1)
+        for i in range(math.ceil(low[axis] / step), math.floor(high[axis] / step) + 1):
+            x, y = place((i * step, low[1]) if axis == 0 else (low[0], i * step))
+            pen.line((x, top, x, top + inner[1]) if axis == 0 else (left, y, left + inner[0], y), '#dddddd')
+            pen.text((x, top + inner[1] + 5) if axis == 0 else (left - 6, y), f'{i * step:.4g}', 'black', font, 'ma' if axis == 0 else 'rm')
+    for (name, line), color in zip(lines.items(), colors):
+        pen.line([place(point) for point in line], color, 2)
+        pen.text((right, 4), name, color, font, 'ra')
+        right -= font.getlength(name) + 12
+    pen.text((left + inner[0] / 2, height - 4), x_name, 'black', font, 'md')
+    pen.text((4, 4), y_name, 'black', font)
+    return canvas
+
+
+def side_by_side(pictures):
+    """PIL pictures of one height as one."""
+    canvas = Image.new('RGB', (sum(picture.width for picture in pictures), pictures[0].height))
+    for i, picture in enumerate(pictures):
+        canvas.paste(picture, (sum(before.width for before in pictures[:i]), 0))
+    return canvas
+
+
 def save_png(path, picture):
     with atomic_write(path) as file:
         picture.save(file, 'PNG')

@@ -293,4 +293,4 @@ def test_two_rows_from_tokenizers_to_table_and_pictures(small, monkeypatch, tmp_
     assert all(run['fd'] > 0 and run['rfd'] > 0 and run['bits'] > 0 for run in found) and found[0]['floor'] == found[1]['floor']
     assert '| FVAR | 1 |' in ablation.markdown(found)
     ablation.draw(runs)
-    assert (tmp_path / 'ablation_samples.png').is_file()
+    assert all((tmp_path / f'ablation_{what}.png').is_file() for what in ('samples', 'curves'))

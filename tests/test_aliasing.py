@@ -14,9 +14,10 @@ from PIL import Image
 
 import aliasing
 import runtime
-from aliasing import (EXACT, FREQUENCIES, band_limit, decibels, edge_figures, edge_mtf, fade, folding, mtf50, places, radial_power,
-                      reconstruction_shift, shift_error, slanted_edge, spectrum_distance, view, view_mtf, zone_contrast, zone_plate)
+from aliasing import (EXACT, FREQUENCIES, band_limit, decibels, edge_figures, edge_mtf, folding, mtf50, places, reconstruction_shift,
+                      shift_error, slanted_edge, view, view_mtf, zone_contrast, zone_plate)
 from configurator import UserError
+from metrics import fade, radial_power, spectrum_distance
 from pyramid import build_pyramid
 from tokenizer import build_tokenizers
 

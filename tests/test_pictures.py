@@ -1,11 +1,13 @@
 """pictures.py: grids, files that other programs can read, and photos that can not be read."""
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from configurator import UserError
-from pictures import load_photo, picture_grid, save_gif, save_png, to_picture
+from pictures import line_chart, load_photo, picture_grid, save_gif, save_png, side_by_side, to_picture
 
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
 
@@ -173,3 +175,16 @@ def test_a_name_with_odd_characters_is_still_one_line(tmp_path):
     with pytest.raises(UserError, match='no such picture') as error:
         load_photo(str(tmp_path / 'ph\noto é.png'), 32)
     assert '\n' not in str(error.value) and str(error.value).isascii()
+
+
+def test_a_line_goes_from_corner_to_corner_of_its_axes_and_gaps_are_left_out():
+    chart = pixels(line_chart({'up': ([0, 1, 2, 4], [10, 12.5, math.nan, 20]), 'flat': ([0, 4], [10, 10])}, 'x', 'y', 300, 200))
+    red, blue = (np.argwhere(np.abs(chart - colour).max(-1) == 0) for colour in ((192, 57, 43), (36, 113, 163)))
+    line = red[red[:, 0] > 26]                              # below its name
+    assert abs(np.polyfit(line[:, 1], line[:, 0], 1)[0] + 132 / 226) < 0.02           # (height − 68) / (width − 74)
+    assert np.ptp(blue[blue[:, 0] > 140][:, 0]) <= 3
+
+
+def test_pictures_stand_side_by_side():
+    wide = side_by_side([Image.new('RGB', (3, 2), 'red'), Image.new('RGB', (1, 2), 'blue')])
+    assert wide.size == (4, 2) and wide.getpixel((2, 1)) == (255, 0, 0) and wide.getpixel((3, 1)) == (0, 0, 255)
