@@ -278,7 +278,7 @@ def bench_train(structure, alias, network, images, dev, autocast, top):
                 'to its FLOPs' + (f'; peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if dev.type == 'cuda' else ''))
     if compiled:
         twin = copy.deepcopy(network)
-        train_fvar.compile_blocks(twin)
+        model.compile_blocks(train_fvar.blocks_of(twin))
         t = timed(dev, step_of(twin))[0]
         row('train', 'student and teacher, compiled', t, f'{batch / t[0]:.1f} images/s; {first / t[0]:.2f} × as fast as eager')
 
@@ -287,7 +287,7 @@ def bench_sample(structure, student, count, dev, autocast, top):
     student.eval()
     if compiled:
         twin = copy.deepcopy(student)
-        train_fvar.compile_blocks(FVAR(twin))
+        model.compile_blocks(twin.blocks)
     for batch in (1, count):
         labels = torch.arange(batch, device=dev) % student.num_classes
 

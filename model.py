@@ -117,6 +117,11 @@ class Block(nn.Module):
         return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
 
 
+def compile_blocks(blocks):
+    for block in blocks:
+        block.compile()                                     # in place: names of weights stay as they are
+
+
 class KVCache:
     """Keys and values of one block for all positions, allocated once; sampling fills it map by map."""
 

@@ -30,7 +30,7 @@ import runtime
 from configurator import UserError, configure
 from data import balanced_labels, close_table, open_table, sample_generators, to_uint8, undone_batches
 from editing import edit as edit_photo, refocus as refocus_photo
-from model import load_deployed, to_official
+from model import compile_blocks, load_deployed, to_official
 from pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
 
 # input and output
@@ -61,6 +61,7 @@ top_p = 0.96                    # probability kept; 0 is all
 smooth = False                  # Gumbel-softmax mixtures of codes: smoother pictures, not for FID
 kv_cache = True                 # False recomputes every earlier map: slow, the same pictures
 # system
+compile = False                 # compile the blocks: half a minute's wait, then faster; for many samples
 batch_size = 50                 # pictures at a time
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'float32'               # auto | float32 | bfloat16 | float16
@@ -201,6 +202,8 @@ def main():
     dev = runtime.start(device, seed)
     autocast, _ = runtime.precision(dtype, dev)
     structure, network, _, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
+    if compile:
+        compile_blocks(network.blocks)
     if num_samples:
         write_samples(structure, network, checkpoint, autocast, dev)
     elif export:

@@ -18,7 +18,7 @@ import torch
 import runtime
 from configurator import UserError, configure
 from data import EndlessBatches, TokenDataset, batches, in_order, normalize, open_dataset
-from model import FVAR, Teacher, build_student, load_official_student, load_student
+from model import FVAR, Teacher, build_student, compile_blocks, load_official_student, load_student
 from tokenizer import load_tokenizers
 
 # input and output
@@ -197,7 +197,7 @@ def main():
     network = FVAR(student, teacher, lambda_feat, lambda_logit).train()
     student.recompute = recompute
     if compile:
-        compile_blocks(network)
+        compile_blocks(blocks_of(network))
     if fsdp:
         runtime.shard(network, blocks_of(network), dev)
     optimizer = runtime.adamw(network, lr, betas, weight_decay)
@@ -273,11 +273,6 @@ def main():
 def blocks_of(network):
     """The blocks of student and teacher: what is compiled, recomputed and shared out piece by piece."""
     return [*network.student.blocks, *(network.teacher.blocks if network.teacher else ())]
-
-
-def compile_blocks(network):
-    for block in blocks_of(network):
-        block.compile()
 
 
 def count_parameters(module):

@@ -100,6 +100,13 @@ def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, tr
     assert torch.equal(data.to_uint8(wanted), images[[4, 17]])
 
 
+def test_compiled_blocks_draw_the_same_pictures(samples, whole, monkeypatch):
+    """Traced as they are to be compiled; that C++ which comes of it takes half a minute, and test_training.py has some."""
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda block: compiled.append(block) or compile_module(block, backend='aot_eager'))
+    assert samples('--compile=True') == whole.read_bytes() and len(compiled) == 2
+
+
 def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypatch):
     structure, student, *_ = model.load_deployed(str(trained))
     for name, value in dict(per_class=COUNT // 3, batch_size=7).items():
