@@ -17,8 +17,10 @@ from data import Charts, normalize
 from pictures import save_png, to_picture
 
 # all that rows may differ in: the budget, the networks and the token maps are the same
-MAY_DIFFER = {'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'distill', 'alias_scales', 'teacher_blocks', 'shared_blocks'}
-STAGE_2 = {'full', 'no_teacher', 'focus_schedule=matched', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0'}
+MAY_DIFFER = {'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'distill', 'alias_scales', 'teacher_blocks', 'shared_blocks',
+              'lambda_feat'}
+STAGE_2 = {'full', 'no_teacher', 'focus_schedule=matched', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0',
+           'lambda_feat=0.1', 'lambda_feat=0'}
 
 
 parsed_once = functools.cache(configurator.settings_of_all_scripts)
@@ -47,7 +49,7 @@ def stages(run):
 def test_every_row_of_the_tables_is_there():
     assert set(ablation.TABLE_3) == {file.stem for file in (HERE / 'config' / 'ablation').glob('*.py')}
     names = [row.partition('=')[0] for row in ablation.TABLE_4]
-    assert set(names) == {'focus_input', 'focus_schedule', 'alias_scales', 'teacher_blocks', 'shared_blocks'}
+    assert set(names) == {'focus_input', 'focus_schedule', 'alias_scales', 'teacher_blocks', 'shared_blocks', 'lambda_feat'}
     assert names.count('focus_schedule') == 3
 
 
