@@ -1,6 +1,6 @@
 """The demo: ten classes of optical test charts at 32 pixels, made in code. Every stage in minutes on two CPU cores."""
 out_dir = 'out'
-data = 'charts:6000'
+data = 'charts:8000'
 
 if script == 'train_tokenizer':
     image_size = 32
@@ -14,9 +14,9 @@ if script == 'train_tokenizer':
 
 if script == 'train_fvar':
     depth, width, num_heads = 4, 128, 4
-    teacher_blocks, distill_warmup = 1, 1200
+    teacher_blocks, distill_warmup = 1, 1600
     lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (README, ablations)
-    steps, batch_size, lr, warmup = 1800, 8, 2e-3, 100      # small batches: here the number of steps is what counts
+    steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: here the number of steps is what counts
     eval_every, save_every, eval_pictures = 600, 600, 300
 
 if script in ('sample', 'evaluate'):
