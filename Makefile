@@ -17,7 +17,7 @@ help:
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.12 takes another")'
 	$(PYTHON) -m venv $(VENV)
-	$(python) -m pip install --quiet -r requirements.txt pytest pytest-xdist ruff
+	$(python) -m pip install --quiet -r requirements.txt pytest pytest-xdist pytest-cov ruff
 	touch $@
 
 demo: $(VENV)/installed
@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	$(call run,evaluate)
 
 test: $(VENV)/installed
-	$(python) -m pytest -q -n 2 --dist loadfile tests
+	$(python) -m pytest -q -n 2 --dist loadfile --cov --cov-report=term tests
 
 chaos: $(VENV)/installed
 	$(python) tests/chaos.py
