@@ -8,7 +8,7 @@ from configurator import UserError
 from data import Charts, normalize
 from editing import consistent, edit, feather, painted_cells, refocus, states_known, unsharp, wiener
 from model import VAR
-from pictures import psnr
+from metrics import psnr
 from pyramid import defocus
 from tokenizer import StructureTokenizer
 

@@ -18,8 +18,9 @@ import runtime
 from chaos import draw_data
 from configurator import HERE
 from data import Charts, ImageFolder, TokenDataset, normalize
+from metrics import psnr
 from model import build_student, load_student
-from pictures import load_photo, place_photo, psnr, to_picture
+from pictures import load_photo, place_photo, to_picture
 from pyramid import defocus
 from tokenizer import AliasTokenizer, load_tokenizers
 

@@ -25,8 +25,8 @@ CHARTS_CONFIG = HERE / 'config' / 'charts.py'
 STAGE1 = dict(image_size=24, patch_nums=(2, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, code_width=8,
               alias_vocab_size=16, alias_code_width=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
               eval_images=8, log_every=1, dtype='float32', device='cpu')
-STAGE2 = dict(depth=2, width=32, num_heads=2, drop_path=0.2, distill_warmup=4, steps=12, batch_size=8, warmup=2, eval_pictures=20,
-              log_every=1, dtype='float32', device='cpu')
+STAGE2 = dict(depth=2, width=32, num_heads=2, drop_path=0.2, lambda_feat=0.7, distill_warmup=4, steps=12, batch_size=8, warmup=2,
+              eval_pictures=20, log_every=1, dtype='float32', device='cpu')
 GAN = dict(lambda_gan=0.5, gan_start=2, gan_channels=8)
 
 
@@ -342,7 +342,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
     terms = {'ce', 'total', 'teacher_ce', 'feature', 'kl', 'per_map'}
     for record, trust in zip(steps, [0.25, 0.5, 0.75] + 9 * [1]):                           # distill_warmup=4
         assert record.keys() == terms | {'step', 'grad_norm', 'skipped', 'spikes'} and len(record['per_map']) == 3
-        passed_on = record['feature'] + 0.5 * record['kl']
+        passed_on = 0.7 * record['feature'] + 0.5 * record['kl']
         assert record['total'] == pytest.approx(record['ce'] + record['teacher_ce'] + trust * passed_on)
         assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((4, 9, 36), record['per_map'])) / 49)
     assert steps[-1]['feature'] > 1e-5 and steps[-1]['kl'] > 1e-5
