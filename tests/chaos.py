@@ -45,12 +45,12 @@ STAGES = {
 
 ABLATION = '''
 if script == 'train_tokenizer':
-    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, code_width = 8, (1, 2, 4), 8, (1, 1), 1, 16, 4
-    alias_vocab_size, alias_channels, max_radius, batch_size, eval_images = 16, 8, 64.0, 8, 8
+    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, code_width = 12, (1, 2, 3), 8, (1, 1, 1), 1, 16, 4
+    alias_vocab_size, alias_channels, max_radius, batch_size, eval_images = 16, 8, 60.0, 8, 8
 if script == 'train_fvar':
     depth, width, num_heads, teacher_blocks, batch_size, eval_pictures = 2, 16, 2, 1, 8, 20
 if script == 'evaluate':
-    per_class, cnn_steps, distance = 2, 2, 'cnn'
+    per_class, cnn_steps, cnn_batch, distance = 3, 3, 16, 'cnn'
 '''
 
 
