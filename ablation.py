@@ -110,14 +110,22 @@ def plan():
     wanted = rows.split(',') if rows else [*TABLE_3, *TABLE_4]
     if unknown := [row for row in wanted if row not in TABLE_3 | TABLE_4]:
         raise UserError(f'--rows={rows}: there is no row {unknown[0]!r}; there are {", ".join(TABLE_3 | TABLE_4)}')
-    for row, seed in [(row, seed) for some in (TABLE_3, TABLE_4) for seed in range(seeds) for row in some if row in wanted]:
+    for row, seed in [(row, seed) for some in (TABLE_3, TABLE_4) for seed in range(seeds) for row in some]:
         tokenizer = add('train_tokenizer', settings('train_tokenizer', row, seed), (), f'tokenizer-{row}-{seed}')
         tokens = add('encode', settings('encode', row, seed), (tokenizer,), f'tokenizer-{row}-{seed}')
         student = add('train_fvar', settings('train_fvar', row, seed), (tokens,), f'{row}-{seed}')
         # any evaluation trains the CNN where there is none; this one is there to do so before all others
         cnn = add('evaluate', settings('evaluate') | {'parts': 'tokenizer'}, (pieces[0],), 'cnn')
         runs[row, seed] = add('evaluate', settings('evaluate', row, seed), (tokens, student, cnn), f'{row}-{seed}')
-    return pieces, runs
+    # chosen last: which row a piece has its folder from must not depend on what is wanted
+    runs = {(row, seed): run for (row, seed), run in runs.items() if row in wanted}
+    needed = {piece.marker for run in runs.values() for piece in with_needs(run)}
+    return [piece for piece in pieces if piece.marker in needed], runs
+
+
+def with_needs(piece):
+    """A piece and all that come before it."""
+    return [piece] + [other for need in piece.needs for other in with_needs(need)]
 
 
 def made_with(piece):
