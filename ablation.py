@@ -33,7 +33,7 @@ import train_fvar
 import train_tokenizer
 from configurator import HERE, UserError, configure, parse_value, read_config_file
 from data import normalize, open_dataset, sample_generators
-from metrics import radial_power, spectrum_distance
+from metrics import spectrum_distance
 from model import load_deployed
 from picture_sets import load_images
 from pictures import line_chart, picture_grid, save_png, side_by_side
@@ -273,32 +273,33 @@ def draw(runs):
     In the first a row for each class: a held-out picture, what the tokenizers make of it, four samples of each. In the second the
     loss of the students, the spectrum of what the tokenizers get wrong relative to that of the pictures, and that of samples.
     """
-    images, losses, errors, spectra = {}, {}, {}, {}
-    for name, run in (('VAR', runs['var', 0]), ('FVAR', runs['full', 0])):
-        tokens, student, _ = run.needs
-        structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
-        dataset, how = open_dataset(data, 'val', structure.image_size, augment=False), run.settings
-        real, labels = load_images(dataset, 50 * network.num_classes)
-        of_class = [(labels == label).nonzero().flatten() for label in range(network.num_classes)]
-        count = min(map(len, of_class))                     # as many of every class
-        real = normalize(real[torch.cat([some[:count] for some in of_class])])
-        decoded = torch.cat([structure.decode(structure.encode(part)) for part in real.split(100)])
-        wanted, numbers = torch.arange(network.num_classes).repeat_interleave(count), torch.arange(len(real))
-        drawn = torch.cat([network.generate(structure, wanted[some], how['cfg'], how['top_k'], how['top_p'], sample_generators(0, some))[1]
-                           for some in numbers.split(100)])
-        images['real'], images[name] = real[::count, None], (decoded[::count, None], drawn.unflatten(0, (-1, count))[:, :4])
+    dataset = open_dataset(data, 'val', settings('train_tokenizer')['image_size'], augment=False)
+    found, labels = load_images(dataset, 50 * len(dataset.classes))
+    of_class = [(labels == label).nonzero().flatten() for label in range(len(dataset.classes))]
+    count = min(map(len, of_class))                         # as many of every class
+    real = normalize(found[torch.cat([some[:count] for some in of_class])])
+    wanted, numbers = torch.arange(len(of_class)).repeat_interleave(count), torch.arange(len(real))
+    rings = [(ring + 0.5) / 16 for ring in range(8)]
 
-        steps_of = [record for record in runtime.read_log(f'{student.folder}/fvar.jsonl') if 'ce' in record]
-        ce = [mean(record['ce'] for record in steps_of[max(0, i - 4):i + 1]) for i in range(len(steps_of))]
-        losses[name] = [record['step'] for record in steps_of], ce
-        rings = [(ring + 0.5) / 16 for ring in range(8)]
-        errors[name] = rings, (10 * (radial_power(decoded - real) / radial_power(real)).log10()).tolist()
-        spectra[name] = rings, spectrum_distance(drawn, real).tolist()
+    decoded, drawn, losses, errors, spectra = {}, {}, {}, {}, {}
+    for name, run in (('VAR', runs['var', 0]), ('FVAR', runs['full', 0])):
+        (tokens, student, _), how = run.needs, run.settings
+        structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
+        decoded[name] = torch.cat([structure.decode(structure.encode(part)) for part in real.split(100)])
+        drawn[name] = torch.cat([
+            network.generate(structure, wanted[some], how['cfg'], how['top_k'], how['top_p'], sample_generators(0, some))[1]
+            for some in numbers.split(100)])
+        records = [record for record in runtime.read_log(f'{student.folder}/fvar.jsonl') if 'ce' in record]
+        ce = [mean(record['ce'] for record in records[max(0, i - 4):i + 1]) for i in range(len(records))]
+        losses[name] = [record['step'] for record in records], ce
+        errors[name] = rings, spectrum_distance(decoded[name] - real, real).tolist()
+        spectra[name] = rings, spectrum_distance(drawn[name], real).tolist()
     spectra['real, half against half'] = rings, spectrum_distance(real[::2], real[1::2]).tolist()
 
     names = ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
-    rows = torch.cat([images['real'], images['VAR'][0], images['FVAR'][0], images['VAR'][1], images['FVAR'][1]], 1)
-    save_png(Path(results).with_name('ablation_samples.png'), picture_grid(rows.flatten(0, 1), len(names), dataset.classes, names))
+    cells = torch.cat([pictures.unflatten(0, (-1, count))[:, :shown] for pictures, shown in (
+        (real, 1), (decoded['VAR'], 1), (decoded['FVAR'], 1), (drawn['VAR'], 4), (drawn['FVAR'], 4))], 1)
+    save_png(Path(results).with_name('ablation_samples.png'), picture_grid(cells.flatten(0, 1), len(names), dataset.classes, names))
     charts = [line_chart(losses, 'step', 'students: nats a token (mean of 5 records)'),
               line_chart(errors, 'cycles a pixel', 'tokenizers: error / picture, dB'),
               line_chart(spectra, 'cycles a pixel', 'samples / real pictures, dB')]

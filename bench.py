@@ -38,7 +38,7 @@ import train_tokenizer
 from configurator import UserError, configure, read_config_file
 from data import Charts, normalize
 from model import FVAR, Teacher, build_student
-from pyramid import convolve_fft, decimate, defocus_decimate, focus_radii, psf, reflect_pad
+from pyramid import convolve, convolve_fft, decimate, defocus_decimate, focus_radii, psf
 from tokenizer import build_tokenizers
 
 out_dir = 'out'                 # where bench.json goes
@@ -178,8 +178,7 @@ def bench_pyramid(dev):
         return [defocus_decimate(x, r, s) for r, s in zip(radii, sizes)]
 
     def direct():
-        weights = [psf(r, 'disk').to(dev).expand(3, 1, -1, -1) for r in radii]
-        return [decimate(F.conv2d(reflect_pad(x, w.shape[-1] // 2), w, groups=3), s) for w, s in zip(weights, sizes)]
+        return [decimate(convolve(x, psf(r, 'disk')), s) for r, s in zip(radii, sizes)]
 
     def by_fft():
         return [decimate(convolve_fft(x, psf(r, 'disk')), s) for r, s in zip(radii, sizes)]

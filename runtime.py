@@ -291,7 +291,7 @@ class SafeStep:
         """Clips, steps unless the gradient norm is not finite, clears the gradients. Returns the norm.
 
         networks: a list of lists of parameters, each of which is clipped on its own, lest the spikes of one shorten the steps
-        of another: trained and clipped together with an alias tokenizer, a structure tokenizer stood 1 dB behind one without.
+        of another: clipped together with its alias tokenizer, a structure tokenizer was 0.3 to 0.6 dB worse.
         Every rank sees the same averaged gradients, so all of them skip together. Non-finite losses give
         non-finite gradients, so this one check covers both. terms: the loss terms by name, to say which went first.
         """
@@ -299,7 +299,7 @@ class SafeStep:
             group['lr'] = lr
         self.scaler.unscale_(self.optimizer)
         norms = [torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip) for parameters in networks]
-        norm = math.hypot(*(getattr(norm, 'full_tensor', lambda norm=norm: norm)().item() for norm in norms))
+        norm = math.hypot(*((norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item() for norm in norms))
         if math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.watch(norm)

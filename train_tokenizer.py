@@ -79,7 +79,7 @@ save_seconds = 1800.0           # and seconds, whichever is first; 0: steps alon
 log_every = 20                  # steps between log lines
 log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
-recompute = False               # keep nothing inside the networks for the backward pass: a third more work, a fraction of the memory
+recompute = False               # keep nothing inside Q_L for the backward pass: a third more work, a fraction of the memory
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # everything random follows from it

@@ -70,7 +70,6 @@ def draw_data(folder, image_size=27):
                 path = folder / split / Charts.classes[label] / f'{i:03}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    (folder / 'ablation.py').write_text(ABLATION)
 
 
 def start(stage, data, folder):
@@ -221,6 +220,7 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix='chaos-'))
     (folder / 'whole').mkdir()
     draw_data(folder / 'data')
+    (folder / 'data' / 'ablation.py').write_text(ABLATION)
     kills = sum(kill_stage(stage, folder / 'data', folder, options.kills or 6, moments) for stage in STAGES if stage != 'ablation')
     if options.kills is None:
         kills += kill_stage('ablation', folder / 'data', folder, 2, moments, assert_same_results)

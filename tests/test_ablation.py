@@ -12,9 +12,8 @@ import pytest
 
 import ablation
 import configurator
+from chaos import ABLATION, draw_data
 from configurator import HERE, UserError
-from data import Charts, normalize
-from pictures import save_png, to_picture
 
 # all that rows may differ in: the budget, the networks and the token maps are the same
 MAY_DIFFER = {'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'distill', 'alias_scales', 'teacher_blocks', 'shared_blocks',
@@ -263,24 +262,9 @@ def test_the_table_needs_results(small):
 # -----------------------------------------------------------------------------
 # the whole, in miniature
 
-TINY = '''
-if script == 'train_tokenizer':
-    image_size, patch_nums, channels, channel_mult, res_blocks = 12, (1, 2, 3), 4, (1, 1, 1), 1
-    vocab_size, code_width, alias_channels, batch_size, eval_images = 16, 4, 4, 8, 10
-if script == 'train_fvar':
-    depth, width, num_heads, teacher_blocks, batch_size, eval_pictures = 2, 16, 2, 1, 8, 10
-if script == 'evaluate':
-    per_class, cnn_steps, cnn_batch, distance = 3, 3, 16, 'cnn'
-'''
-
-
 def test_two_rows_from_tokenizers_to_table_and_pictures(small, monkeypatch, tmp_path):
-    (tmp_path / 'tiny.py').write_text(TINY)
-    for split, count in (('train', 60), ('val', 20)):       # a folder as of photographs
-        charts = Charts(split, 12, count)
-        for i, (image, label) in enumerate(zip(charts.images, charts.labels.tolist())):
-            (tmp_path / split / charts.classes[label]).mkdir(parents=True, exist_ok=True)
-            save_png(tmp_path / split / charts.classes[label] / f'{i}.png', to_picture(normalize(image)))
+    (tmp_path / 'tiny.py').write_text(ABLATION)
+    draw_data(tmp_path, 12)                                 # a folder as of photographs
     small(base=str(tmp_path / 'tiny.py'), TABLE_3={'var': 'VAR', 'full': 'FVAR'}, TABLE_4={}, seeds=1, data=str(tmp_path),
           tokenizer_steps=3, steps=3)
 
