@@ -1,8 +1,9 @@
-"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several seeds, and one CNN for FD-cnn.
+r"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several seeds, and one CNN for FD-cnn.
 
     python ablation.py --processes=2                # all of it; the same command goes on where it stopped
     python ablation.py --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
-    python ablation.py --data=DIR --results=results/ablation_photos.json --out_dir=out-photos      # on photographs
+    python ablation.py --data=DIR --vocab_size=1024 --tokenizer_steps=1500 --cnn_steps=2000 --out_dir=out-photos \
+        --results=results/ablation_photos.json      # on photographs
     python ablation.py --table                      # what was found so far, as a Markdown table
     python ablation.py --figures                    # VAR and FVAR side by side: ablation_samples.png, ablation_curves.png
 
@@ -48,6 +49,8 @@ rows = ''                       # only these, as var,full,focus_schedule=states 
 seeds = 3                       # 0, 1, ... of its tokenizers, students and samples
 tokenizer_steps = 700           # of stage 1, the first third of them warm start
 steps = 1200                    # of stage 2; over the first two thirds distillation gains its weight
+vocab_size = 128                # codes of Q_L; photographs need 1024
+cnn_steps = 150                 # of the CNN behind FD-cnn; photographs need 2000
 # doing it in pieces
 minutes = 0.0                   # no piece is begun after that; 0 is no limit
 processes = 1                   # pieces at a time
@@ -62,7 +65,7 @@ TABLE_3 = {'var': 'VAR (baseline)', 'full': 'FVAR (full)', 'no_refocusing': 'w/o
 TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched': 'schedule matched',
            'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine', 'alias_scales=1': '1 alias scale',
            'alias_scales=3': '3 alias scales', 'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
-           'lambda_feat=0.1': 'a tenth of the feature term', 'lambda_feat=0': 'no feature term, KL alone'}
+           'lambda_feat=1': "the paper's feature term, ten times ours", 'lambda_feat=0': 'no feature term, KL alone'}
 DEFAULTS = {script.__name__: script.config for script in (train_tokenizer, encode, train_fvar, evaluate)}
 
 
@@ -90,8 +93,9 @@ def settings(script, row='', seed=0):
     name, _, text = row.partition('=')
     if name in defaults:
         values[name] = parse_value(name, text, defaults[name])
-    budget = {'train_tokenizer': {'data': data, 'steps': tokenizer_steps, 'warm_start': tokenizer_steps // 3},
-              'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3}}
+    budget = {'train_tokenizer': {'data': data, 'steps': tokenizer_steps, 'warm_start': tokenizer_steps // 3, 'vocab_size': vocab_size},
+              'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3},
+              'evaluate': {'cnn_steps': cnn_steps}}
     values |= budget.get(script, {}) | {'seed': seed}
     return {name: values[name] for name in values if name not in ('out_dir', 'tokenizer', 'tokens', 'cnn_file')}
 
@@ -307,7 +311,7 @@ def draw(runs):
 
 
 def main():
-    runtime.require_positive(config, 'seeds', 'tokenizer_steps', 'steps', 'processes')
+    runtime.require_positive(config, 'seeds', 'tokenizer_steps', 'steps', 'vocab_size', 'cnn_steps', 'processes')
     if table:
         print(markdown(read_runs()))
         return

@@ -426,9 +426,10 @@ class StructureTokenizer(nn.Module):
         tokens, states, residuals = self.quantizer(targets)
 
         if self.pyramid == 'scale':                         # VAR compares every f̂_k with f at full size
-            losses = [vq_loss(f_hat, full[-1], self.beta) for f_hat in states]
-        else:
-            losses = [vq_loss(area(f_hat, p), e, self.beta) for f_hat, p, e in zip(states, self.patch_nums, targets)]
+            vq = sum(vq_loss(f_hat, full[-1], self.beta) for f_hat in states) / len(states)
+        else:                                               # a focus state is held to its own target, map k with weight p_k
+            vq = sum(p * vq_loss(area(f_hat, p), e, self.beta) for f_hat, p, e in zip(states, self.patch_nums, targets))
+            vq = vq / sum(self.patch_nums)
 
         def picture(k):
             e = full[k] if full is not None else bicubic(targets[k], self.patch_nums[-1])
@@ -436,7 +437,7 @@ class StructureTokenizer(nn.Module):
 
         wanted = [picture(-1)] + ([picture(state)] if state >= 0 else [])
         decoded = self.decode_features(torch.cat(wanted)).chunk(len(wanted))
-        return decoded[0], decoded[1] if state >= 0 else None, sum(losses) / len(losses), tokens, residuals
+        return decoded[0], decoded[1] if state >= 0 else None, vq, tokens, residuals
 
 
 def check_sizes(image_size, patch_nums, channel_mult):

@@ -11,7 +11,7 @@ if script == 'train_tokenizer':
     image_size = 16
     patch_nums = (1, 2, 3, 5, 8)        # 103 tokens; with five maps the three schedules differ
     channels, channel_mult, res_blocks = 16, (1, 3), 1      # reduces by 2
-    vocab_size, code_width = 128, 16
+    code_width = 16                     # ablation.py says how many codes there are
     alias_vocab_size, alias_channels = 128, 8
     max_radius = 64.0                   # 4 of 16 pixels, half of the first sampling step as in charts.py
     batch_size, lr, warmup = 16, 4e-3, 50
@@ -22,9 +22,10 @@ if script == 'encode':
 if script == 'train_fvar':
     depth, width, num_heads = 4, 96, 4
     teacher_blocks, drop_path = 1, 0.0  # so short a run has nothing to regularise
+    lambda_feat = 0.1                   # as charts.py
     batch_size, lr, warmup = 8, 3e-3, 50
 
 if script == 'evaluate':
     cfg, top_p = 2.0, 0.4               # as charts.py: a young student is surest of its likeliest tokens
-    per_class, cnn_steps = 50, 150
+    per_class = 50
     distance = 'cnn'

@@ -19,7 +19,7 @@ from configurator import HERE, UserError
 MAY_DIFFER = {'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'distill', 'alias_scales', 'teacher_blocks', 'shared_blocks',
               'lambda_feat'}
 STAGE_2 = {'full', 'no_teacher', 'focus_schedule=matched', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0',
-           'lambda_feat=0.1', 'lambda_feat=0'}
+           'lambda_feat=1', 'lambda_feat=0'}
 
 
 parsed_once = functools.cache(configurator.settings_of_all_scripts)

@@ -262,11 +262,12 @@ def test_vq_loss_moves_codes_by_one_and_features_by_beta():
 def test_the_vq_loss_compares_at_the_map_or_as_var_does_at_full_size(pyramid):
     tokenizer = structure_tokenizer(pyramid=pyramid)
     _, _, vq, tokens, _ = tokenizer(pictures(), None, -1)
-    targets, whole, by_hand = tokenizer.targets(pictures()), tokenizer.features(pictures()), []
+    targets, whole, by_hand = tokenizer.targets(pictures()), tokenizer.features(pictures()), 0
     for f_hat, target, p in zip(tokenizer.quantizer.accumulate(tokens), targets, TINY['patch_nums']):
         error = f_hat - whole if pyramid == 'scale' else F.interpolate(f_hat, (p, p), mode='area') - target
-        by_hand.append(1.25 * error.square().mean().item())
-    assert vq.item() == pytest.approx(sum(by_hand) / 6, rel=1e-4)
+        weight = 1 / 6 if pyramid == 'scale' else p / sum(TINY['patch_nums'])
+        by_hand += weight * 1.25 * error.square().mean().item()
+    assert vq.item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
