@@ -5,7 +5,7 @@ r"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several
     python ablation.py --data=DIR --vocab_size=1024 --tokenizer_steps=1500 --cnn_steps=2000 --out_dir=out-photos \
         --results=results/ablation_photos.json      # on photographs
     python ablation.py --table                      # what was found so far, as a Markdown table
-    python ablation.py --figures                    # VAR and FVAR side by side: ablation_samples.png, ablation_curves.png
+    python ablation.py --figures                    # VAR and FVAR side by side: ablation_charts_samples.png, …_curves.png
 
 A row and a seed take four pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
 student → evaluation. Rows with the same stage 1 share its pieces. SCRIPT.done.json in its folder says that a piece is
@@ -244,12 +244,15 @@ def spread(values, digits=2):
 
 
 def against(ours, theirs):
-    """The mean of ours − theirs ({seed: value}) over the seeds of both, its standard error, and percent of theirs; as text."""
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if not differences:
+    """The mean of ours − theirs ({seed: value}) over the seeds of both, its standard error, and percent of theirs, of every
+    seed too; as text."""
+    both = [seed for seed in ours if seed in theirs]
+    if not both:
         return '–'
-    error = f' ± {stdev(differences) / len(differences) ** 0.5:.2f}' if len(differences) > 1 else ''
-    return f'{mean(differences):+.2f}{error} ({100 * mean(differences) / mean(theirs[seed] for seed in ours if seed in theirs):+.1f} %)'
+    differences = [ours[seed] - theirs[seed] for seed in both]
+    error = f' ± {stdev(differences) / len(both) ** 0.5:.2f}' if len(both) > 1 else ''
+    each = ': ' + ', '.join(f'{100 * (ours[seed] / theirs[seed] - 1):+.0f}' for seed in both) if len(both) > 1 else ''
+    return f'{mean(differences):+.2f}{error} ({100 * mean(differences) / mean(theirs[seed] for seed in both):+.1f} %{each})'
 
 
 def markdown(runs):
@@ -266,13 +269,14 @@ def markdown(runs):
                      spread(of['fd']), fd, spread([100 * share for share in of['recognised']], 1), spread(of['bits'], 1), bits,
                      ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
             lines.append(f'| {" | ".join(map(str, cells))} |')
-    return '\n'.join(lines) + (f'\n\nrFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; '
-                               'of the differences to VAR, taken seed by seed, the standard error of their mean.')
+    return '\n'.join(lines) + (
+        f'\n\nrFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; of the differences '
+        'to VAR, taken seed by seed, the standard error of their mean; behind the colon percent of each seed.')
 
 
 @torch.no_grad()
 def draw(runs):
-    """Two pictures of VAR and FVAR, seed 0, beside the results: ablation_samples.png, ablation_curves.png.
+    """Two pictures of VAR and FVAR, seed 0, beside the results: X.json has X_samples.png and X_curves.png.
 
     In the first a row for each class: a held-out picture, what the tokenizers make of it, four samples of each. In the second the
     loss of the students, the spectrum of what the tokenizers get wrong relative to that of the pictures, and that of samples.
@@ -300,14 +304,15 @@ def draw(runs):
         spectra[name] = rings, spectrum_distance(drawn[name], real).tolist()
     spectra['real, half against half'] = rings, spectrum_distance(real[::2], real[1::2]).tolist()
 
+    beside = Path(results).with_suffix('')
     names = ['real', 'VAR\ndecoded', 'FVAR\ndecoded'] + [f'{name}\nsample {i}' for name in ('VAR', 'FVAR') for i in '1234']
     cells = torch.cat([pictures.unflatten(0, (-1, count))[:, :shown] for pictures, shown in (
         (real, 1), (decoded['VAR'], 1), (decoded['FVAR'], 1), (drawn['VAR'], 4), (drawn['FVAR'], 4))], 1)
-    save_png(Path(results).with_name('ablation_samples.png'), picture_grid(cells.flatten(0, 1), len(names), dataset.classes, names))
+    save_png(f'{beside}_samples.png', picture_grid(cells.flatten(0, 1), len(names), dataset.classes, names))
     charts = [line_chart(losses, 'step', 'students: nats a token (mean of 5 records)'),
               line_chart(errors, 'cycles a pixel', 'tokenizers: error / picture, dB'),
               line_chart(spectra, 'cycles a pixel', 'samples / real pictures, dB')]
-    save_png(Path(results).with_name('ablation_curves.png'), side_by_side(charts))
+    save_png(f'{beside}_curves.png', side_by_side(charts))
 
 
 def main():

@@ -244,7 +244,8 @@ def test_means_deviations_and_paired_differences():
     assert var[1:] == ['3', '21.00 ± 1.00', '0.800 ± 0.000', '0.10', '2.00 ± 0.00', '12.00 ± 2.00', '–', '50.0 ± 0.0', '300.0 ± 0.0', '–',
                        '1.00 3.00']
     # differences −2, −1, −3: mean −2, deviation 1, standard error 1/√3, and −2 of 12
-    assert full[6] == '10.00 ± 1.73' and full[7] == '-2.00 ± 0.58 (-16.7 %)' and full[10] == '-10.00 ± 0.00 (-3.3 %)'
+    assert full[6] == '10.00 ± 1.73' and full[7] == '-2.00 ± 0.58 (-16.7 %: -20, -8, -21)'
+    assert full[10] == '-10.00 ± 0.00 (-3.3 %: -3, -3, -3)'
     assert 'rFD is 14 to 25 % of FD-cnn' in ablation.markdown(runs)
 
 
@@ -281,4 +282,4 @@ def test_two_rows_from_tokenizers_to_table_and_pictures(small, monkeypatch, tmp_
     assert all(run['fd'] > 0 and run['rfd'] > 0 and run['bits'] > 0 for run in found) and found[0]['floor'] == found[1]['floor']
     assert '| FVAR | 1 |' in ablation.markdown(found)
     ablation.draw(runs)
-    assert all((tmp_path / f'ablation_{what}.png').is_file() for what in ('samples', 'curves'))
+    assert all((tmp_path / f'results_{what}.png').is_file() for what in ('samples', 'curves'))
