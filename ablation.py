@@ -63,8 +63,9 @@ config = configure(globals())
 TABLE_3 = {'var': 'VAR (baseline)', 'full': 'FVAR (full)', 'no_refocusing': 'w/o progressive refocusing',
            'gaussian': 'w/ Gaussian blur', 'no_teacher': 'w/o high-frequency teacher', 'no_dual': 'w/o dual tokenizers'}
 TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched': 'schedule matched',
-           'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine', 'alias_scales=1': '1 alias scale',
-           'alias_scales=3': '3 alias scales', 'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
+           'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine',
+           'max_radius=16': 'a quarter of the blur', 'alias_scales=1': '1 alias scale', 'alias_scales=3': '3 alias scales',
+           'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
            'lambda_feat=1': "the paper's feature term, ten times ours", 'lambda_feat=0': 'no feature term, KL alone'}
 DEFAULTS = {script.__name__: script.config for script in (train_tokenizer, encode, train_fvar, evaluate)}
 
