@@ -67,6 +67,9 @@ TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched'
            'max_radius=16': 'a quarter of the blur', 'alias_scales=1': '1 alias scale', 'alias_scales=3': '3 alias scales',
            'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
            'lambda_feat=1': "the paper's feature term, ten times ours", 'lambda_feat=0': 'no feature term, KL alone'}
+# students are sampled in these ways too (cfg, top_p): the published one, and more guidance with more variety; which row wins may
+# depend on it
+SAMPLINGS = ((1.5, 0.96), (4.0, 0.9))
 DEFAULTS = {script.__name__: script.config for script in (train_tokenizer, encode, train_fvar, evaluate)}
 
 
@@ -98,7 +101,7 @@ def settings(script, row='', seed=0):
               'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3},
               'evaluate': {'cnn_steps': cnn_steps}}
     values |= budget.get(script, {}) | {'seed': seed}
-    return {name: values[name] for name in values if name not in ('out_dir', 'tokenizer', 'tokens', 'cnn_file')}
+    return {name: values[name] for name in values if name not in ('out_dir', 'init_from', 'tokenizer', 'tokens', 'cnn_file')}
 
 
 def plan():
@@ -121,7 +124,10 @@ def plan():
         student = add('train_fvar', settings('train_fvar', row, seed), (tokens,), f'{row}-{seed}')
         # any evaluation trains the CNN where there is none; this one is there to do so before all others
         cnn = add('evaluate', settings('evaluate') | {'parts': 'tokenizer'}, (pieces[0],), 'cnn')
-        runs[row, seed] = add('evaluate', settings('evaluate', row, seed), (tokens, student, cnn), f'{row}-{seed}')
+        needs, how = (tokens, student, cnn), settings('evaluate', row, seed)
+        others = [add('evaluate', how | {'parts': 'samples', 'cfg': some_cfg, 'top_p': some_top_p}, needs,
+                      f'{row}-{seed}/cfg={some_cfg},top_p={some_top_p}') for some_cfg, some_top_p in SAMPLINGS]
+        runs[row, seed] = add('evaluate', how, (*needs, *others), f'{row}-{seed}')
     # chosen last: which row a piece has its folder from must not depend on what is wanted
     runs = {(row, seed): run for (row, seed), run in runs.items() if row in wanted}
     needed = {piece.marker for run in runs.values() for piece in with_needs(run)}
@@ -163,6 +169,8 @@ def start(piece):
         values['tokenizer'] = f'{piece.needs[0].folder}/tokenizer.pt'
     if piece.script == 'evaluate':
         values['cnn_file'] = f'{out_dir}/cnn.pt'
+        if len(piece.needs) > 1:
+            values['init_from'] = f'{piece.needs[1].folder}/student.pt'
     texts = {name: ','.join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
     command = [sys.executable, HERE / f'{piece.script}.py', *(f'--{name}={text}' for name, text in texts.items())]
     os.makedirs(piece.folder, exist_ok=True)
@@ -209,14 +217,16 @@ def work(pieces, runs):
 
 def outcome(evaluation):
     """What a finished evaluation found (FD is FD-cnn, bits are an image's), and the seconds that each piece took."""
-    found = json.loads(Path(f'{evaluation.folder}/results.json').read_text(encoding='utf-8'))
-    of = {row['set']: row for row in found['distances'] if row['against'] == 'reference'}
-    tokens, student, _ = evaluation.needs
+    tokens, student, _, *others = evaluation.needs
+    found, *more = [json.loads(Path(f'{piece.folder}/results.json').read_text(encoding='utf-8')) for piece in (evaluation, *others)]
+    of, *of_others = [{row['set']: row for row in some['distances'] if row['against'] == 'reference'} for some in (found, *more)]
     values = {'psnr': found['tokenizer']['psnr'], 'ssim': found['tokenizer']['ssim'], 'floor': of['real']['fd_cnn'],
               'rfd': of['reconstructed']['fd_cnn'], 'fd': of['generated']['fd_cnn'], 'recognised': of['generated']['recognised'],
               'bits': found['student']['bits_an_image']}
+    fd_sampled = [[piece.settings['cfg'], piece.settings['top_p'], round(sets['generated']['fd_cnn'], 4)]
+                  for piece, sets in zip((evaluation, *others), (of, *of_others))]
     return {name: round(value, 4) for name, value in values.items()} | {
-        'ce_per_map': [round(ce, 3) for ce in found['student']['ce_per_map']],
+        'fd_sampled': fd_sampled, 'ce_per_map': [round(ce, 3) for ce in found['student']['ce_per_map']],
         'seconds': {piece.script: finished(piece)['seconds'] for piece in (*tokens.needs, tokens, student, evaluation)},
         'machine': f'{platform.machine()}, {os.cpu_count()} cores, one thread a piece', 'torch': found['versions']['torch']}
 
@@ -228,7 +238,8 @@ def collect(runs):
     if saved['settings'] != common:
         raise UserError(f'{results} was made with other settings than these: give another --results')
     known = {(run['row'], run['seed']): run for run in saved['runs']}
-    known |= {(row, seed): {'row': row, 'seed': seed} | outcome(piece) for (row, seed), piece in runs.items() if finished(piece)}
+    known |= {(row, seed): {'row': row, 'seed': seed} | outcome(piece) for (row, seed), piece in runs.items()
+              if all(map(finished, with_needs(piece)))}
     runtime.write_json(results, saved | {'runs': list(known.values())})
 
 
@@ -257,19 +268,34 @@ def against(ours, theirs):
 
 
 def markdown(runs):
-    """The table of some results: a line for every row that has a run."""
+    """The tables of some results, a line for every row that has a run: all figures, then FD-cnn by way of sampling."""
     lines = ['| | seeds | PSNR, dB | SSIM | floor | rFD | FD-cnn | FD-cnn − VAR | recognised, % | bits an image | bits − VAR '
              '| nats a token, each map |', '|' + ' --- |' * 12]
-    var, shares = {run['seed']: run for run in runs if run['row'] == 'var'}, [100 * run['rfd'] / run['fd'] for run in runs]
+    by_sampling, shares = [], [100 * run['rfd'] / run['fd'] for run in runs]
+    ways = sorted({(cfg, top_p) for run in runs for cfg, top_p, _ in run['fd_sampled']})
+    var = {run['seed']: run for run in runs if run['row'] == 'var'}
+
+    def sampled(some, way):
+        """{seed: FD-cnn} of some runs sampled with way = (cfg, top_p)."""
+        return {run['seed']: fd for run in some for *how, fd in run['fd_sampled'] if tuple(how) == way}
+
+    def less_var(row, ours, theirs):
+        return against(ours, theirs if row != 'var' else {})
+
     for row, name in (TABLE_3 | TABLE_4).items():
         if some := [run for run in runs if run['row'] == row]:
             of = {key: [run[key] for run in some] for key in some[0]}
-            fd, bits = (against(dict(zip(of['seed'], of[key])), {} if row == 'var' else {seed: run[key] for seed, run in var.items()})
+            fd, bits = (less_var(row, dict(zip(of['seed'], of[key])), {seed: run[key] for seed, run in var.items()})
                         for key in ('fd', 'bits'))
             cells = (name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
                      spread(of['fd']), fd, spread([100 * share for share in of['recognised']], 1), spread(of['bits'], 1), bits,
                      ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
             lines.append(f'| {" | ".join(map(str, cells))} |')
+            pairs = [(sampled(some, way), sampled(var.values(), way)) for way in ways]
+            by_sampling.append(f'| {name} | ' + ' | '.join(f'{spread(ours.values())} | {less_var(row, ours, theirs)}'
+                                                         for ours, theirs in pairs) + ' |')
+    lines += ['', '| FD-cnn | ' + ' | '.join(f'cfg {cfg:g}, top_p {top_p:g} | − VAR' for cfg, top_p in ways) + ' |',
+              '|' + ' --- |' * (1 + 2 * len(ways)), *by_sampling]
     return '\n'.join(lines) + (
         f'\n\nrFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; of the differences '
         'to VAR, taken seed by seed, the standard error of their mean; behind the colon percent of each seed.')
@@ -292,7 +318,7 @@ def draw(runs):
 
     decoded, drawn, losses, errors, spectra = {}, {}, {}, {}, {}
     for name, run in (('VAR', runs['var', 0]), ('FVAR', runs['full', 0])):
-        (tokens, student, _), how = run.needs, run.settings
+        (tokens, student, *_), how = run.needs, run.settings
         structure, network, *_ = load_deployed(student.folder, tokenizer=f'{tokens.folder}/tokenizer.pt')
         decoded[name] = torch.cat([structure.decode(structure.encode(part)) for part in real.split(100)])
         drawn[name] = torch.cat([

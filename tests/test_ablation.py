@@ -38,7 +38,7 @@ def small(monkeypatch, tmp_path):
 
 def stages(run):
     """The four pieces of a row and seed: tokenizer, tokens, student, evaluation."""
-    tokens, student, _ = run.needs
+    tokens, student, *_ = run.needs
     return *tokens.needs, tokens, student, run
 
 
@@ -114,6 +114,16 @@ def test_the_command_of_a_piece_says_what_its_settings_are(row, small, monkeypat
         if piece.script in ('train_fvar', 'evaluate'):
             assert said['tokenizer'] == f'{stages(run)[0].folder}/tokenizer.pt'
     assert said['cnn_file'] == f'{ablation.out_dir}/cnn.pt' and said['seed'] == 1
+    assert said['init_from'] == f'{stages(run)[2].folder}/student.pt'
+
+
+def test_every_student_is_sampled_in_the_published_way_and_in_another(small):
+    for run in ablation.plan()[1].values():
+        others = run.needs[3:]
+        assert [(piece.settings['cfg'], piece.settings['top_p']) for piece in others] == [(1.5, 0.96), (4.0, 0.9)]
+        for piece in others:
+            assert piece.needs == run.needs[:3] and piece.folder.startswith(run.folder + '/')
+            assert piece.settings == run.settings | {name: piece.settings[name] for name in ('parts', 'cfg', 'top_p')}
 
 
 # -----------------------------------------------------------------------------
@@ -204,6 +214,7 @@ def test_results_are_merged_as_they_come_and_not_mixed_with_other_settings(work,
     runs = json.loads(Path(ablation.results).read_text())['runs']
     assert len(runs) == len(first['runs']) + 1 and runs[-1]['row'] == 'full' and runs[-1]['seed'] == 1
     assert (runs[0]['fd'], runs[0]['rfd'], runs[0]['floor'], runs[0]['recognised']) == (9.0, 3.0, 0.1, 0.5)
+    assert runs[0]['fd_sampled'] == [[2.0, 0.4, 9.0], [1.5, 0.96, 9.0], [4.0, 0.9, 9.0]]
     assert set(runs[0]['seconds']) == set(ablation.DEFAULTS)
     small(steps=7)
     with pytest.raises(UserError, match='other settings'):
@@ -229,7 +240,7 @@ def test_a_piece_that_outlived_a_killed_ablation_is_waited_for(small, monkeypatc
 
 def run_of(row, seed, fd, bits=300.0):
     return {'row': row, 'seed': seed, 'psnr': 20.0 + seed, 'ssim': 0.8, 'floor': 0.1, 'rfd': 2.0, 'fd': fd, 'recognised': 0.5,
-            'bits': bits, 'ce_per_map': [1.0, 2.0 + seed]}
+            'bits': bits, 'fd_sampled': [[2.0, 0.4, fd], [4.0, 0.9, fd / 2]], 'ce_per_map': [1.0, 2.0 + seed]}
 
 
 def cells(row, runs):
@@ -247,6 +258,7 @@ def test_means_deviations_and_paired_differences():
     assert full[6] == '10.00 ± 1.73' and full[7] == '-2.00 ± 0.58 (-16.7 %: -20, -8, -21)'
     assert full[10] == '-10.00 ± 0.00 (-3.3 %: -3, -3, -3)'
     assert 'rFD is 14 to 25 % of FD-cnn' in ablation.markdown(runs)
+    assert '| FVAR (full) | 10.00 ± 1.73 | -2.00 ± 0.58 (-16.7 %: -20, -8, -21) | 5.00 ± 0.87 | -1.00 ±' in ablation.markdown(runs)
 
 
 def test_only_equal_seeds_are_paired():
