@@ -7,9 +7,10 @@ r"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several
     python ablation.py --table                      # what was found so far, as a Markdown table
     python ablation.py --figures                    # VAR and FVAR side by side: ablation_charts_samples.png, …_curves.png
 
-A row and a seed take four pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
-student → evaluation. Rows with the same stage 1 share its pieces. SCRIPT.done.json in its folder says that a piece is
-finished, and with which settings, those of the pieces before it included: where one has changed, it is done again.
+A row and a seed take six pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
+student → evaluation, and two evaluations that only sample in another way. Rows with the same stage 1 share its pieces.
+SCRIPT.done.json in its folder says that a piece is finished, and with which settings, those of the pieces before it
+included: where one has changed, it is done again.
 All rows have config/desk.py and the settings below in common; config/ablation/*.py and TABLE_4 say what differs.
 """
 import fcntl
@@ -125,8 +126,8 @@ def plan():
         # any evaluation trains the CNN where there is none; this one is there to do so before all others
         cnn = add('evaluate', settings('evaluate') | {'parts': 'tokenizer'}, (pieces[0],), 'cnn')
         needs, how = (tokens, student, cnn), settings('evaluate', row, seed)
-        others = [add('evaluate', how | {'parts': 'samples', 'cfg': some_cfg, 'top_p': some_top_p}, needs,
-                      f'{row}-{seed}/cfg={some_cfg},top_p={some_top_p}') for some_cfg, some_top_p in SAMPLINGS]
+        others = [add('evaluate', how | {'parts': 'samples', 'cfg': cfg, 'top_p': top_p}, needs, f'{row}-{seed}/cfg={cfg},top_p={top_p}')
+                  for cfg, top_p in SAMPLINGS]
         runs[row, seed] = add('evaluate', how, (*needs, *others), f'{row}-{seed}')
     # chosen last: which row a piece has its folder from must not depend on what is wanted
     runs = {(row, seed): run for (row, seed), run in runs.items() if row in wanted}
@@ -135,8 +136,11 @@ def plan():
 
 
 def with_needs(piece):
-    """A piece and all that come before it."""
-    return [piece] + [other for need in piece.needs for other in with_needs(need)]
+    """A piece and all that come before it, each once."""
+    found = {piece.marker: piece}
+    for need in piece.needs:
+        found |= {other.marker: other for other in with_needs(need)}
+    return list(found.values())
 
 
 def made_with(piece):
@@ -218,13 +222,14 @@ def work(pieces, runs):
 def outcome(evaluation):
     """What a finished evaluation found (FD is FD-cnn, bits are an image's), and the seconds that each piece took."""
     tokens, student, _, *others = evaluation.needs
-    found, *more = [json.loads(Path(f'{piece.folder}/results.json').read_text(encoding='utf-8')) for piece in (evaluation, *others)]
-    of, *of_others = [{row['set']: row for row in some['distances'] if row['against'] == 'reference'} for some in (found, *more)]
+    all_found = [json.loads(Path(f'{piece.folder}/results.json').read_text(encoding='utf-8')) for piece in (evaluation, *others)]
+    distances = [{row['set']: row for row in some['distances'] if row['against'] == 'reference'} for some in all_found]
+    found, of = all_found[0], distances[0]
     values = {'psnr': found['tokenizer']['psnr'], 'ssim': found['tokenizer']['ssim'], 'floor': of['real']['fd_cnn'],
               'rfd': of['reconstructed']['fd_cnn'], 'fd': of['generated']['fd_cnn'], 'recognised': of['generated']['recognised'],
               'bits': found['student']['bits_an_image']}
     fd_sampled = [[piece.settings['cfg'], piece.settings['top_p'], round(sets['generated']['fd_cnn'], 4)]
-                  for piece, sets in zip((evaluation, *others), (of, *of_others))]
+                  for piece, sets in zip((evaluation, *others), distances)]
     return {name: round(value, 4) for name, value in values.items()} | {
         'fd_sampled': fd_sampled, 'ce_per_map': [round(ce, 3) for ce in found['student']['ce_per_map']],
         'seconds': {piece.script: finished(piece)['seconds'] for piece in (*tokens.needs, tokens, student, evaluation)},
@@ -273,27 +278,24 @@ def markdown(runs):
              '| nats a token, each map |', '|' + ' --- |' * 12]
     by_sampling, shares = [], [100 * run['rfd'] / run['fd'] for run in runs]
     ways = sorted({(cfg, top_p) for run in runs for cfg, top_p, _ in run['fd_sampled']})
-    var = {run['seed']: run for run in runs if run['row'] == 'var'}
 
-    def sampled(some, way):
-        """{seed: FD-cnn} of some runs sampled with way = (cfg, top_p)."""
-        return {run['seed']: fd for run in some for *how, fd in run['fd_sampled'] if tuple(how) == way}
+    def of_seeds(row, key):
+        """{seed: value} of a row; key: of the value, or the (cfg, top_p) with which FD-cnn was found."""
+        values = [(run['seed'], run | {(cfg, top_p): fd for cfg, top_p, fd in run['fd_sampled']}) for run in runs if run['row'] == row]
+        return {seed: value[key] for seed, value in values if key in value}
 
-    def less_var(row, ours, theirs):
-        return against(ours, theirs if row != 'var' else {})
+    def less_var(row, key):
+        return against(of_seeds(row, key), of_seeds('var', key) if row != 'var' else {})
 
     for row, name in (TABLE_3 | TABLE_4).items():
         if some := [run for run in runs if run['row'] == row]:
             of = {key: [run[key] for run in some] for key in some[0]}
-            fd, bits = (less_var(row, dict(zip(of['seed'], of[key])), {seed: run[key] for seed, run in var.items()})
-                        for key in ('fd', 'bits'))
             cells = (name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
-                     spread(of['fd']), fd, spread([100 * share for share in of['recognised']], 1), spread(of['bits'], 1), bits,
-                     ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
+                     spread(of['fd']), less_var(row, 'fd'), spread([100 * share for share in of['recognised']], 1),
+                     spread(of['bits'], 1), less_var(row, 'bits'), ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
             lines.append(f'| {" | ".join(map(str, cells))} |')
-            pairs = [(sampled(some, way), sampled(var.values(), way)) for way in ways]
-            by_sampling.append(f'| {name} | ' + ' | '.join(f'{spread(ours.values())} | {less_var(row, ours, theirs)}'
-                                                         for ours, theirs in pairs) + ' |')
+            by_sampling.append(f'| {name} | ' + ' | '.join(
+                f'{spread(of_seeds(row, way).values())} | {less_var(row, way)}' for way in ways) + ' |')
     lines += ['', '| FD-cnn | ' + ' | '.join(f'cfg {cfg:g}, top_p {top_p:g} | − VAR' for cfg, top_p in ways) + ' |',
               '|' + ' --- |' * (1 + 2 * len(ways)), *by_sampling]
     return '\n'.join(lines) + (

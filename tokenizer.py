@@ -426,10 +426,10 @@ class StructureTokenizer(nn.Module):
         tokens, states, residuals = self.quantizer(targets)
 
         if self.pyramid == 'scale':                         # VAR compares every f̂_k with f at full size
-            vq = sum(vq_loss(f_hat, full[-1], self.beta) for f_hat in states) / len(states)
+            pairs, weights = [(f_hat, full[-1]) for f_hat in states], [1] * len(states)
         else:                                               # a focus state is held to its own target, map k with weight p_k
-            vq = sum(p * vq_loss(area(f_hat, p), e, self.beta) for f_hat, p, e in zip(states, self.patch_nums, targets))
-            vq = vq / sum(self.patch_nums)
+            pairs, weights = [(area(f_hat, p), e) for f_hat, p, e in zip(states, self.patch_nums, targets)], self.patch_nums
+        vq = sum(weight * vq_loss(*pair, self.beta) for weight, pair in zip(weights, pairs)) / sum(weights)
 
         def picture(k):
             e = full[k] if full is not None else bicubic(targets[k], self.patch_nums[-1])
