@@ -747,14 +747,18 @@ SLOW_RANK = '''
 import os, signal, time
 import torch, torch.distributed as dist
 import runtime
-first, slow = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', os.environ['RANK'] == '1'
-time.sleep(slow)
-runtime.start('cpu', 0)
-both = runtime.all_reduce(torch.ones(1)).item()
-if first and slow:
-    os.kill(os.getpid(), signal.SIGKILL)
-dist.barrier()
-print(f'restarted {not first}, together {both:.0f}', flush=True)
+
+def main():
+    first, slow = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', os.environ['RANK'] == '1'
+    time.sleep(slow)
+    runtime.start('cpu', 0)
+    both = runtime.all_reduce(torch.ones(1)).item()
+    if first and slow:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    print(f'restarted {not first}, together {both:.0f}', flush=True)
+
+runtime.run(main)                                           # which takes leave of the others: without it gloo may abort at exit
 '''
 
 
