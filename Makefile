@@ -8,7 +8,7 @@ run = $(python) $(1).py config/charts.py --out_dir=$(OUT)
 help:
 	@echo 'make demo      trains, samples and evaluates the whole method on optical test charts; pictures come to $(OUT)/'
 	@echo 'make test      runs the tests'
-	@echo 'make figures   draws the pictures of the README again, from what the demo trained'
+	@echo 'make figures   draws the pictures of the README again, from what the demo (and the ablation) trained'
 	@echo 'make ablation  trains the rows of Tables 3 and 4 at desk scale, hours of it, in pieces that resume'
 	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
 	@echo 'make lint      looks for faults of form and unused names'
@@ -51,6 +51,7 @@ figures: $(VENV)/installed
 	$(python) pyramid.py text --image_size=32 --blur=2 --out=$(OUT)/blurred.png
 	$(call run,sample) --per_class=6 --refocus=$(OUT)/blurred.png --radius=2
 	cp $(OUT)/refocus.png figures/refocusing.png
+	test ! -d out-ablation || $(python) ablation.py --figures
 
 clean:
 	rm -rf $(OUT)

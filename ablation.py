@@ -2,7 +2,7 @@ r"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several
 
     python ablation.py --processes=2                # all of it; the same command goes on where it stopped
     python ablation.py --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
-    python ablation.py --data=DIR --vocab_size=1024 --tokenizer_steps=1500 --cnn_steps=2000 --out_dir=out-photos \
+    python ablation.py --data=DIR --vocab_size=1024 --tokenizer_steps=2500 --cnn_steps=2000 --out_dir=out-photos \
         --results=results/ablation_photos.json      # on photographs
     python ablation.py --table                      # what was found so far, as a Markdown table
     python ablation.py --figures                    # VAR and FVAR side by side: ablation_charts_samples.png, …_curves.png
@@ -65,7 +65,8 @@ TABLE_3 = {'var': 'VAR (baseline)', 'full': 'FVAR (full)', 'no_refocusing': 'w/o
            'gaussian': 'w/ Gaussian blur', 'no_teacher': 'w/o high-frequency teacher', 'no_dual': 'w/o dual tokenizers'}
 TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched': 'schedule matched',
            'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine',
-           'max_radius=16': 'a quarter of the blur', 'alias_scales=1': '1 alias scale', 'alias_scales=3': '3 alias scales',
+           'max_radius=12': "the paper's blur", 'max_radius=24': 'twice that',
+           'alias_scales=1': '1 alias scale', 'alias_scales=3': '3 alias scales',
            'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
            'lambda_feat=1': "the paper's feature term, ten times ours", 'lambda_feat=0': 'no feature term, KL alone'}
 # students are sampled in these ways too (cfg, top_p): the published one, and more guidance with more variety; which row wins may

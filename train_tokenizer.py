@@ -149,13 +149,14 @@ def reseed_dead_codes(structure, alias, residuals, alias_vectors, step):
 @torch.no_grad()
 def validate(structure, alias, images):
     """Held-out figures: PSNR of the picture and of every focus state (dB), perplexity of every token map, and the
-    share of the alias views' energy that Q_A fails to reproduce."""
+    share of the alias views' energy that Q_A fails to reproduce (0 of an empty view)."""
     tokens = structure.encode(images)
     states = structure.decode_states(tokens)
     wanted = [defocus(images, radius, structure.kernel) for radius in structure.radii]
     views = alias.views(images)
-    missed = [(F.mse_loss(a, b) / b.square().mean().clamp(min=1e-12)).item()
-              for a, b in zip(alias.decode(alias.encode(images)), views)]
+    energies = [view.square().mean().item() for view in views]
+    missed = [F.mse_loss(ours, view).item() / energy if energy > 1e-8 else 0.0      # less is rounding
+              for ours, view, energy in zip(alias.decode(alias.encode(images)), views, energies)]
     counts = [torch.bincount(t.flatten(), minlength=structure.quantizer.codebook.num_embeddings).float() for t in tokens]
     used = [(c > 0).sum().item() for c in counts]
     return {'psnr': psnr(states[-1], images), 'psnr_states': [psnr(a, b) for a, b in zip(states, wanted)],
@@ -219,6 +220,10 @@ def main():
         fill_official_tokenizer(structure, runtime.read_weights(init_from, dev))
     runtime.say(f'structure tokenizer {millions(structure)}, alias tokenizer {millions(alias)}, {len(train)} images of '
                 f'{len(train.classes)} classes, radii ' + ' '.join(f'{r:.2g}' for r in structure.radii))
+    sharp = [k + 1 for k, radius in enumerate(structure.radii[:-1]) if radius <= 0.5]
+    if sharp and max(structure.radii):
+        runtime.say(f'note: half a pixel of blur is none, so token maps {sharp} have no alias for a teacher to see; raise '
+                    'max_radius if it should')
 
     def save(figures):
         if runtime.rank() == 0:

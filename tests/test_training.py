@@ -360,6 +360,18 @@ def test_every_term_of_the_tokenizers_loss_is_logged(stage1):
     assert steps[-1]['l1'] < steps[0]['l1']
 
 
+def test_maps_whose_alias_is_empty_are_named_and_nothing_of_them_is_missed(train_stage1, tmp_path, capsys):
+    note = 'note: half a pixel of blur is none, so token maps [2] have no alias'
+    train_stage1(max_radius=6.0, steps=4)                                                   # radii 0.56, 0.38 and 0 pixels
+    assert note in capsys.readouterr().out
+    of_first, of_second = log_of(tmp_path, 'tokenizer')[1][-1]['val_alias_missed']
+    assert 0.01 < of_first < 100 and of_second == 0
+    for other in (dict(max_radius=32.0), dict(kernel='none'), dict(pyramid='scale')):
+        train_stage1(**other, steps=1)
+        assert 'note' not in capsys.readouterr().out
+    assert log_of(tmp_path, 'tokenizer')[1][-1]['val_alias_missed'] == [0, 0]               # of a VAR
+
+
 # -----------------------------------------------------------------------------
 # LPIPS and GAN
 
