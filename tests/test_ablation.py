@@ -17,7 +17,7 @@ from configurator import HERE, UserError
 
 # all that rows may differ in: the budget, the networks and the token maps are the same
 MAY_DIFFER = {'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'max_radius', 'distill', 'alias_scales', 'teacher_blocks',
-              'shared_blocks', 'lambda_feat'}
+              'shared_blocks', 'lambda_feat', 'lambda_focus'}
 STAGE_2 = {'full', 'no_teacher', 'focus_schedule=matched', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0',
            'lambda_feat=1', 'lambda_feat=0'}
 
