@@ -65,7 +65,8 @@ TABLE_3 = {'var': 'VAR (baseline)', 'full': 'FVAR (full)', 'no_refocusing': 'w/o
            'gaussian': 'w/ Gaussian blur', 'no_teacher': 'w/o high-frequency teacher', 'no_dual': 'w/o dual tokenizers'}
 TABLE_4 = {'focus_input=view': 'views encoded (Eq. 3)', 'focus_schedule=matched': 'schedule matched',
            'focus_schedule=states': 'schedule states', 'focus_schedule=cosine': 'schedule cosine',
-           'max_radius=12': "the paper's blur", 'max_radius=24': 'twice that', 'lambda_focus=0': 'no focus state decoded',
+           'max_radius=12': "the paper's blur", 'max_radius=24': 'twice that',
+           'lambda_focus=0.02': 'a fifth of the focus term', 'lambda_focus=0': 'no focus term',
            'alias_scales=1': '1 alias scale', 'alias_scales=3': '3 alias scales',
            'teacher_blocks=2': '2 teacher blocks', 'shared_blocks=0': 'a whole second network',
            'lambda_feat=1': "the paper's feature term, ten times ours", 'lambda_feat=0': 'no feature term, KL alone'}
