@@ -54,7 +54,7 @@ alias_res_blocks = 1            # residual blocks at each resolution
 # loss
 warm_start = 0                  # steps without the quantizer: a plain autoencoder learns faster, and codes then start on its features
 beta = 0.25                     # commitment weight of the VQ loss
-lambda_focus = 0.02             # weight of one randomly chosen focus state a step; 0.1 costs the picture 0.3 to 0.5 dB
+lambda_focus = 0.02             # weight of one randomly chosen focus state a step; 0.1 costs the picture 0.1 to 0.5 dB
 lambda_lpips = 0.0              # weight of LPIPS; needs VGG weights on disk
 lambda_gan = 0.0                # weight of the PatchGAN, times VQGAN's adaptive factor
 gan_start = 0                   # step from which the discriminator counts

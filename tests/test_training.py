@@ -360,6 +360,11 @@ def test_every_term_of_the_tokenizers_loss_is_logged(stage1):
     assert steps[-1]['l1'] < steps[0]['l1']
 
 
+def test_without_its_weight_no_focus_state_is_decoded(train_stage1, tmp_path):
+    train_stage1(lambda_focus=0.0, steps=5)
+    assert not any('focus' in record for record in log_of(tmp_path, 'tokenizer')[0])
+
+
 def test_maps_whose_alias_is_empty_are_named_and_nothing_of_them_is_missed(train_stage1, tmp_path, capsys):
     note = 'note: half a pixel of blur is none, so token maps [2] have no alias'
     train_stage1(max_radius=6.0, steps=4)                                                   # radii 0.56, 0.38 and 0 pixels
