@@ -13,8 +13,7 @@ if script == 'train_tokenizer':
     channels, channel_mult, res_blocks = 16, (1, 3), 1      # reduces by 2
     code_width = 16                     # ablation.py says how many codes there are
     alias_vocab_size, alias_channels = 128, 8
-    max_radius = 64.0                   # or the last maps have no alias for a teacher to see; the paper's 12 generates better
-    lambda_focus = 0.1                  # the tables were made with it; less, the default, generates better
+    max_radius = 64.0                   # 4 of 16 pixels; with the paper's 12 the last maps have no alias for a teacher to see
     batch_size, lr, warmup = 16, 4e-3, 50
 
 if script == 'encode':

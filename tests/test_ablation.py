@@ -259,6 +259,7 @@ def test_means_deviations_and_paired_differences():
     assert full[10] == '-10.00 ± 0.00 (-3.3 %: -3, -3, -3)'
     assert 'rFD is 14 to 25 % of FD-cnn' in ablation.markdown(runs)
     assert '| FVAR (full) | 10.00 ± 1.73 | -2.00 ± 0.58 (-16.7 %: -20, -8, -21) | 5.00 ± 0.87 | -1.00 ±' in ablation.markdown(runs)
+    assert '| VAR (baseline) | +2.00 ± 0.58 (+20.0 %: +25, +9, +27) | +1.00 ± 0.29' in ablation.markdown(runs)      # against full
 
 
 def test_only_equal_seeds_are_paired():
