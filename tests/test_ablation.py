@@ -298,7 +298,9 @@ def test_two_rows_from_tokenizers_to_table_and_pictures(small, monkeypatch, tmp_
     assert all((tmp_path / f'results_{what}.png').is_file() for what in ('samples', 'curves'))
 
 
-@pytest.mark.parametrize('data', ['charts', 'photos'])
+@pytest.mark.parametrize('data', ['charts', 'photos', 'charts_3600', 'photos_3600'])
 def test_the_tables_of_the_readme_are_those_of_the_results(data):
     runs = json.loads((HERE / 'results' / f'ablation_{data}.json').read_text(encoding='utf-8'))['runs']
-    assert ablation.markdown(runs) in (HERE / 'README.md').read_text(encoding='utf-8')
+    tables = ablation.markdown(runs)
+    shown = tables.split('\n\n')[1] if data.endswith('3600') else tables       # of the longer runs FD-cnn alone
+    assert shown in (HERE / 'README.md').read_text(encoding='utf-8')
