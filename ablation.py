@@ -273,13 +273,21 @@ def against(ours, theirs):
     return f'{mean(differences):+.2f}{error} ({100 * mean(differences) / mean(theirs[seed] for seed in both):+.1f} %{each})'
 
 
+def markdown_table(*rows):
+    """The first row is the head."""
+    head, *lines = [f'| {" | ".join(map(str, cells))} |' for cells in rows]
+    return '\n'.join([head, '|' + ' --- |' * len(rows[0]), *lines])
+
+
 def markdown(runs):
     """The tables of some results, a line for every row that has a run: all figures, then FD-cnn by way of sampling, against VAR and
     against the full row."""
-    lines = ['| | seeds | PSNR, dB | SSIM | floor | rFD | FD-cnn | FD-cnn − VAR | recognised, % | bits an image | bits − VAR '
-             '| nats a token, each map |', '|' + ' --- |' * 12]
-    by_sampling, less_full, shares = [], [], [100 * run['rfd'] / run['fd'] for run in runs]
     ways = sorted({(cfg, top_p) for run in runs for cfg, top_p, _ in run['fd_sampled']})
+    names = [f'cfg {cfg:g}, top_p {top_p:g}' for cfg, top_p in ways]
+    figures = [('', 'seeds', 'PSNR, dB', 'SSIM', 'floor', 'rFD', 'FD-cnn', 'FD-cnn − VAR', 'recognised, %', 'bits an image', 'bits − VAR',
+                'nats a token, each map')]
+    by_way = [('FD-cnn', *(title for name in names for title in (name, '− VAR')))]
+    less_full = [('FD-cnn − FVAR (full)', *names)]
 
     def of_seeds(row, key):
         """{seed: value} of a row; key: of the value, or the (cfg, top_p) with which FD-cnn was found."""
@@ -292,20 +300,16 @@ def markdown(runs):
     for row, name in (TABLE_3 | TABLE_4).items():
         if some := [run for run in runs if run['row'] == row]:
             of = {key: [run[key] for run in some] for key in some[0]}
-            cells = (name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
-                     spread(of['fd']), less('var', row, 'fd'), spread([100 * share for share in of['recognised']], 1),
-                     spread(of['bits'], 1), less('var', row, 'bits'), ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map'])))
-            lines.append(f'| {" | ".join(map(str, cells))} |')
-            by_sampling.append(f'| {name} | ' + ' | '.join(
-                f'{spread(of_seeds(row, way).values())} | {less("var", row, way)}' for way in ways) + ' |')
-            less_full.append(f'| {name} | ' + ' | '.join(less('full', row, way) for way in ways) + ' |')
-    lines += ['', '| FD-cnn | ' + ' | '.join(f'cfg {cfg:g}, top_p {top_p:g} | − VAR' for cfg, top_p in ways) + ' |',
-              '|' + ' --- |' * (1 + 2 * len(ways)), *by_sampling]
-    lines += ['', '| FD-cnn − FVAR (full) | ' + ' | '.join(f'cfg {cfg:g}, top_p {top_p:g}' for cfg, top_p in ways) + ' |',
-              '|' + ' --- |' * (1 + len(ways)), *less_full]
-    return '\n'.join(lines) + (
-        f'\n\nrFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; of differences, '
-        'taken seed by seed, the standard error of their mean; behind the colon percent of each seed.')
+            figures.append((name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
+                            spread(of['fd']), less('var', row, 'fd'), spread([100 * share for share in of['recognised']], 1),
+                            spread(of['bits'], 1), less('var', row, 'bits'),
+                            ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map']))))
+            by_way.append((name, *(cell for way in ways for cell in (spread(of_seeds(row, way).values()), less('var', row, way)))))
+            less_full.append((name, *(less('full', row, way) for way in ways)))
+    shares = [100 * run['rfd'] / run['fd'] for run in runs]
+    return '\n\n'.join([*(markdown_table(*rows) for rows in (figures, by_way, less_full)), (
+        f'rFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; of differences, taken seed '
+        'by seed, the standard error of their mean; behind the colon percent of each seed.')])
 
 
 @torch.no_grad()
