@@ -273,10 +273,9 @@ def against(ours, theirs):
     return f'{mean(differences):+.2f}{error} ({100 * mean(differences) / mean(theirs[seed] for seed in both):+.1f} %{each})'
 
 
-def markdown_table(*rows):
-    """The first row is the head."""
-    head, *lines = [f'| {" | ".join(map(str, cells))} |' for cells in rows]
-    return '\n'.join([head, '|' + ' --- |' * len(rows[0]), *lines])
+def markdown_table(head, *body):
+    first, *others = [f'| {" | ".join(map(str, cells))} |' for cells in (head, *body)]
+    return '\n'.join([first, '|' + ' --- |' * len(head), *others])
 
 
 def markdown(runs):
@@ -284,7 +283,7 @@ def markdown(runs):
     against the full row."""
     ways = sorted({(cfg, top_p) for run in runs for cfg, top_p, _ in run['fd_sampled']})
     names = [f'cfg {cfg:g}, top_p {top_p:g}' for cfg, top_p in ways]
-    figures = [('', 'seeds', 'PSNR, dB', 'SSIM', 'floor', 'rFD', 'FD-cnn', 'FD-cnn − VAR', 'recognised, %', 'bits an image', 'bits − VAR',
+    overall = [('', 'seeds', 'PSNR, dB', 'SSIM', 'floor', 'rFD', 'FD-cnn', 'FD-cnn − VAR', 'recognised, %', 'bits an image', 'bits − VAR',
                 'nats a token, each map')]
     by_way = [('FD-cnn', *(title for name in names for title in (name, '− VAR')))]
     less_full = [('FD-cnn − FVAR (full)', *names)]
@@ -300,14 +299,14 @@ def markdown(runs):
     for row, name in (TABLE_3 | TABLE_4).items():
         if some := [run for run in runs if run['row'] == row]:
             of = {key: [run[key] for run in some] for key in some[0]}
-            figures.append((name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
+            overall.append((name, len(some), spread(of['psnr']), spread(of['ssim'], 3), f'{mean(of["floor"]):.2f}', spread(of['rfd']),
                             spread(of['fd']), less('var', row, 'fd'), spread([100 * share for share in of['recognised']], 1),
                             spread(of['bits'], 1), less('var', row, 'bits'),
                             ' '.join(f'{mean(map_):.2f}' for map_ in zip(*of['ce_per_map']))))
             by_way.append((name, *(cell for way in ways for cell in (spread(of_seeds(row, way).values()), less('var', row, way)))))
             less_full.append((name, *(less('full', row, way) for way in ways)))
     shares = [100 * run['rfd'] / run['fd'] for run in runs]
-    return '\n\n'.join([*(markdown_table(*rows) for rows in (figures, by_way, less_full)), (
+    return '\n\n'.join([*(markdown_table(*lines) for lines in (overall, by_way, less_full)), (
         f'rFD is {min(shares):.0f} to {max(shares):.0f} % of FD-cnn. ± is the standard deviation over seeds; of differences, taken seed '
         'by seed, the standard error of their mean; behind the colon percent of each seed.')])
 
