@@ -364,7 +364,7 @@ def growth():
             encoding = flops(lambda: structure.features(picture)) * len({max(radius, 0.5) for radius in structure.radii})
         length, width = tokens.shape[1], student.word_embed.out_features
         parameters, blocks = sum(p.numel() for p in network.parameters()), len(student.blocks) + len(teacher.blocks)
-        images = second['batch_size'] / second['accumulate'] / 8
+        images = second['batch_size'] / second['grad_accum_steps'] / 8
         states, kept = 16 * parameters, 34 * width * length * images
         logits = 10 * student.head.out_features * length * images * (1 + sum(student.lengths[-second['alias_scales']:]) / length)
         memory = [states + logits + kept * blocks, states + logits + kept + 2 * width * length * images * blocks]

@@ -88,11 +88,11 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     supply = fetch(Rows(dataset, random_crops=split == 'train'), undone, workers)
     bar = runtime.progress(len(undone), label=f'encode {split}', scale=batch_size * runtime.world_size())
     for batch, (images, labels) in zip(undone, supply):
-        images = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
-        noise = runtime.generator(seed, split == 'train', batch.start)
+        images = normalize(runtime.to_device(images, dev)).contiguous(memory_format=torch.channels_last)
+        noise = runtime.noise_of(batch, dev, seed, split == 'train')
         with autocast():
             maps = structure.encode(images, noise) + alias.encode(images, noise)
-        table[batch.start:batch.stop] = torch.cat([*maps, labels[:, None].to(dev)], 1).cpu().numpy()
+        table[batch.start:batch.stop] = torch.cat([*maps, runtime.to_device(labels[:, None], dev)], 1).cpu().numpy()
         bar.update()
     bar.close()
     table.flush()

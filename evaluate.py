@@ -41,7 +41,7 @@ from configurator import UserError, configure
 from data import TokenDataset, balanced_labels, normalize, open_dataset, sample_generators, to_uint8
 from editing import consistent, refocus, unsharp, wiener
 from metrics import SmallCNN, frechet_distance, look, psnr, share, sharpness, ssim, statistics, torch_fidelity_metrics, train_cnn
-from model import load_deployed
+from model import load_deployed, pictures_at_once
 from picture_sets import (check_files, check_reference, check_samples, fingerprint, fingerprints, load_arrays, load_images,
                           read_reference, read_samples, spread)
 from pyramid import defocus
@@ -77,11 +77,13 @@ cnn_batch = 64                  # images a step
 cnn_lr = 5e-3                   # peak learning rate
 cnn_seed = 0                    # another one shows how much FD-cnn depends on the CNN
 # system
-batch_size = 50                 # images at a time
+batch_size = 0                  # images at a time; 0: 50, or as many as take 16 GiB
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'float32'               # auto | float32 | bfloat16 | float16, of tokenizer and student; the CNN is float32
 seed = 0                        # of the samples
 config = configure(globals())
+
+MOST = 50                       # images at a time where batch_size does not say
 
 
 # -----------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
     settings = {'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
                 'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed}
     if os.path.isfile(path):
-        saved = runtime.load_checkpoint(path, 'cnn', dev)
+        saved = runtime.load_checkpoint(path, 'cnn')
         if saved['settings'] == settings:
             cnn = SmallCNN(len(classes)).to(dev, memory_format=torch.channels_last)
             runtime.load_weights(cnn, saved['cnn'], path)
@@ -134,10 +136,10 @@ def generate(student, structure, autocast):
     labels = balanced_labels(student.num_classes, per_class * student.num_classes, seed)
     dev, images = student.head.weight.device, []
     with runtime.progress(len(labels), label='sample') as bar:
-        for numbers in torch.arange(len(labels)).split(batch_size):
+        for numbers in torch.arange(len(labels)).split(batch_size or pictures_at_once(student)):
             generators = sample_generators(seed, numbers)
             with autocast():
-                _, drawn = student.generate(structure, labels[numbers].to(dev), cfg, top_k, top_p, generators)
+                _, drawn = student.generate(structure, runtime.to_device(labels[numbers], dev), cfg, top_k, top_p, generators)
             images.append(to_uint8(drawn).cpu())
             bar.update(len(numbers))
     return torch.cat(images), labels
@@ -150,8 +152,8 @@ def generate(student, structure, autocast):
 def tokenizer_figures(structure, images, autocast):
     """(figures, reconstructions): PSNR (dB) and SSIM of uint8 images and what their tokens decode to; perplexity."""
     dev, sums, decoded = structure.quantizer.codebook.weight.device, np.zeros(2), []
-    for part in images.split(batch_size):
-        x = normalize(part.to(dev))
+    for part in images.split(batch_size or MOST):
+        x = normalize(runtime.to_device(part, dev))
         with autocast():
             y = structure.decode(structure.encode(x)).float()
         sums += len(part) * np.array([psnr(y, x), ssim(y, x)])
@@ -165,8 +167,8 @@ def tokenizer_figures(structure, images, autocast):
 def student_figures(student, structure, token_dataset, autocast):
     """Cross-entropy in nats a token, for every token map and over all; bits an image. All labels given, nothing dropped."""
     dev, sums = student.head.weight.device, torch.zeros(len(student.lengths), dtype=torch.float64)
-    for rows in torch.arange(len(token_dataset)).split(batch_size):
-        wanted, _, labels = (t.to(dev) for t in token_dataset.batch(rows.numpy()))
+    for rows in torch.arange(len(token_dataset)).split(batch_size or pictures_at_once(student)):
+        wanted, _, labels = (runtime.to_device(t, dev) for t in token_dataset.batch(rows.numpy()))
         with autocast():
             logits = student(labels, structure.token_inputs(list(wanted.split(student.lengths, 1))))
         nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction='none').view(wanted.shape)
@@ -188,8 +190,8 @@ def refocus_figures(student, structure, images, autocast):
     for radius in sorted({r for r in structure.radii if r > 0.5}, reverse=True):
         for noise in (0.0, 0.05):
             drawn, methods, truth = runtime.generator(seed, 8), {}, []
-            for part in images.split(batch_size):
-                x = normalize(part.to(dev))
+            for part in images.split(batch_size or pictures_at_once(student)):
+                x = normalize(runtime.to_device(part, dev))
                 blurred = defocus(x, radius, structure.kernel)
                 blurred = normalize(to_uint8(blurred + noise * torch.randn(x.shape, generator=drawn).to(dev)))
                 power = 3e-4 + 6 * noise ** 2 / x.var().item()     # best of a sweep, for charts and for photographs
@@ -237,7 +239,7 @@ def compare(sets, weights_path, cnn, dev, moments=None):
     if weights_path:
         with tempfile.TemporaryDirectory() as cache:
             for row, (a, b) in zip(rows, pairs):
-                row |= torch_fidelity_metrics(sets[a][0], sets[b][0], weights_path, dev, batch_size, cache, (a, b),
+                row |= torch_fidelity_metrics(sets[a][0], sets[b][0], weights_path, dev, batch_size or MOST, cache, (a, b),
                                               moments if b == 'reference' else None)
         return rows
     seen = {name: look(cnn, images) for name, (images, _) in sets.items()}
@@ -267,8 +269,8 @@ def choose_parts():
     for part in chosen:
         if part not in ('tokenizer', 'student', 'samples', 'refocus'):
             raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples, or refocus')
-    if min(per_class, refocus_images, batch_size, cnn_steps, cnn_batch) < 1 or real_images < 0:
-        raise UserError('--per_class, --refocus_images, --batch_size, --cnn_steps and --cnn_batch must be at least 1, '
+    if min(per_class, refocus_images, cnn_steps, cnn_batch) < 1 or real_images < 0:
+        raise UserError('--per_class, --refocus_images, --cnn_steps and --cnn_batch must be at least 1, '
                         '--real_images at least 0')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')

@@ -193,13 +193,13 @@ def train_cnn(images, labels, num_classes, steps=300, batch=64, lr=5e-3, augment
     bar = runtime.progress(steps, label='cnn', scale=batch)
     for _ in range(steps):
         picks = torch.randint(len(images), (batch,), generator=generator)
-        x = normalize(images[picks].to(device)).contiguous(memory_format=torch.channels_last)
+        x = normalize(runtime.to_device(images[picks], device)).contiguous(memory_format=torch.channels_last)
         if augment:
             mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
             top, left = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
-            x = torch.where(mirrored.to(device), x.flip(-1), x)
+            x = torch.where(runtime.to_device(mirrored, device), x.flip(-1), x)
             x = F.pad(x, 4 * [shift], mode='reflect')[:, :, top:top + images.shape[-2], left:left + images.shape[-1]]
-        loss = F.cross_entropy(cnn(x), labels[picks].to(device))
+        loss = F.cross_entropy(cnn(x), runtime.to_device(labels[picks], device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,7 +213,7 @@ def train_cnn(images, labels, num_classes, steps=300, batch=64, lr=5e-3, augment
 def look(cnn, images):
     """Features (N, D) and predicted classes (N,) of uint8 images, on the CPU."""
     dev = cnn.head.weight.device
-    features = torch.cat([cnn.features(normalize(part.to(dev))) for part in images.split(256)])
+    features = torch.cat([cnn.features(normalize(runtime.to_device(part, dev))) for part in images.split(256)])
     return features.cpu(), cnn.head(features).argmax(1).cpu()
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from runtime import blame, digest, load_checkpoint, load_weights, read_weights
+from runtime import blame, digest, load_checkpoint, load_weights, read_weights, to_device
 from tokenizer import StructureTokenizer, area, load_tokenizers
 
 
@@ -122,6 +122,11 @@ def compile_blocks(blocks):
         block.compile()                                     # in place: names of weights stay as they are
 
 
+def compile_sampling(student, device):
+    """Compiles the whole loop of generate() into one graph, which a GPU then replays without being told each kernel (CUDA graphs)."""
+    student.sample = torch.compile(student.sample, mode='reduce-overhead' if device.type == 'cuda' else None, dynamic=False)
+
+
 class KVCache:
     """Keys and values of one block for all positions, allocated once; sampling fills it map by map."""
 
@@ -155,7 +160,7 @@ class VAR(nn.Module):
         if width % num_heads:
             raise UserError(f'width={width} is not a multiple of num_heads={num_heads}')
         self.patch_nums, self.num_classes, self.num_heads = tuple(patch_nums), num_classes, num_heads
-        self.drop_path, self.recompute = 0.1 * depth / 24 if drop_path < 0 else drop_path, False
+        self.drop_path, self.grad_checkpoint = 0.1 * depth / 24 if drop_path < 0 else drop_path, False
         self.lengths = [p * p for p in patch_nums]
         self.word_embed = nn.Linear(code_width, width)
         self.class_embed = nn.Embedding(num_classes + 1, width)
@@ -223,15 +228,14 @@ class VAR(nn.Module):
         scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
         return self.head(modulate(x, scale, shift)).float()
 
-    def drop_path_factors(self, batch, generator=None):
-        """Stochastic depth for a batch: (batch, 2·depth) of 0 or 1/(1 − rate), to be passed as keep."""
-        rates = torch.linspace(0, self.drop_path, len(self.blocks)).repeat_interleave(2)
-        kept = torch.rand(batch, len(rates), generator=generator) >= rates
-        return kept / (1 - rates)
+    def drop_path_factors(self, uniform):
+        """Stochastic depth: numbers (B, 2·depth), uniform in [0, 1) → 0 or 1/(1 − rate) each, to be passed as keep."""
+        rates = torch.linspace(0, self.drop_path, len(self.blocks), device=uniform.device).repeat_interleave(2)
+        return (uniform >= rates) / (1 - rates)
 
     def call(self, block, *args, **more):
-        """A block's output. With self.recompute only its input is kept for the backward pass, which computes the rest again."""
-        if self.recompute and torch.is_grad_enabled():
+        """A block's output. With grad_checkpoint only its input is kept for the backward pass, which computes the rest again."""
+        if self.grad_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, **more)
         return block(*args, **more)
 
@@ -268,13 +272,38 @@ class VAR(nn.Module):
         every batch.
         given: the first few token maps, (B, p_k²) or (1, p_k²) each, with −1 for the tokens to be drawn (editing, refocusing).
         """
-        B, quantizer = len(labels), tokenizer.quantizer
-        maps, last = len(self.patch_nums), self.patch_nums[-1]
+        B, dev = len(labels), labels.device
+        one_each = isinstance(generator, list)
+
+        def random(fill, *shape, dtype):                    # the numbers of a picture come from its own generator, if it has one
+            if one_each:
+                numbers = [fill(torch.empty(shape, dtype=dtype), generator=g) for g in generator]
+                return to_device(torch.stack(numbers), dev)
+            return fill(torch.empty(B, *shape, dtype=dtype, device=dev), generator=generator)
+
+        def exponential(n):
+            return random(torch.Tensor.exponential_, n, self.head.out_features, dtype=torch.float32)
+
+        chances, gumbels = [], []
+        for n in self.lengths:
+            chances.append(random(torch.Tensor.uniform_, n, dtype=torch.float64) if one_each else exponential(n))
+            gumbels.append(exponential(n) if smooth else None)
+        tokens, f_hat = self.sample(tokenizer.quantizer, labels, chances, gumbels, cfg, top_k, top_p, kv_cache, given)
+        if one_each and not smooth:                         # by themselves: in a batch their last bits depend on its size
+            return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)])
+        return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
+
+    def sample(self, quantizer, labels, chances, gumbels, cfg, top_k, top_p, kv_cache, given):
+        """The loop of generate(), with all random numbers drawn: (tokens, f̂_K). Compiles to one graph, and waits for nothing.
+
+        chances: what draw() takes, for each map; gumbels: what smooth_codes() takes, or None where codes are not mixed.
+        """
+        B, maps, last = len(labels), len(self.patch_nums), self.patch_nums[-1]
         branches = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if cfg else labels
         embedding, condition, shared = self.condition(branches)
         caches = self.new_caches(embedding, len(branches)) if kv_cache else None
         modulations = [block.modulation(condition, shared) for block in self.blocks] if kv_cache else None     # the same for every map
-        given = [*given, *(labels.new_full((1, p * p), -1) for p in self.patch_nums[len(given):])]
+        given = [*given, *(labels.new_full((1, n), -1) for n in self.lengths[len(given):])]
 
         codes = quantizer.codebook.weight
         f_hat = codes.new_zeros(B, codes.shape[1], last, last)
@@ -288,26 +317,24 @@ class VAR(nn.Module):
                 logits = self.logits(x, condition)
             else:
                 logits = self(branches, guided)[:, first:]
-            first += p * p
 
             progress = k / max(1, maps - 1)
             if cfg:
                 logits = (1 + cfg * progress) * logits[:B] - cfg * progress * logits[B:]
             logits = filter_logits(logits, top_k, top_p)
-            drawn = draw(logits, generator)
+            drawn = draw(logits, chances[k])
             known = given[k] >= 0
             tokens.append(torch.where(known, given[k], drawn))
             chosen = quantizer.codebook.maps(tokens[k])
-            if smooth:
-                mixture = smooth_codes(logits, progress, codes, generator).transpose(1, 2).reshape(B, -1, p, p)
+            if gumbels[k] is not None:
+                mixture = smooth_codes(logits, progress, codes, gumbels[k]).transpose(1, 2).reshape(B, -1, p, p)
                 chosen = torch.where(known.view(-1, 1, p, p), chosen, mixture)
             f_hat = f_hat + quantizer.refine(chosen, k)
+            first += p * p
             if k + 1 < maps:
                 following = area(f_hat, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
                 inputs = following if kv_cache else torch.cat([inputs, following], 1)
-        if isinstance(generator, list) and not smooth:      # by themselves: in a batch their last bits depend on its size
-            return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)])
-        return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
+        return tokens, f_hat
 
     def new_caches(self, like, batch):
         head_width = like.shape[-1] // self.num_heads
@@ -345,29 +372,40 @@ def filter_logits(logits, top_k, top_p):
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
-def draw(logits, generator=None):
-    """One token a position: (B, n, V) → (B, n). generator: one for the batch, or a list of one for each picture.
+def draw(logits, chances):
+    """One token per position: (B, n, V) → (B, n), by random numbers of one of two kinds; unlike torch.multinomial it never waits.
 
-    From a list every picture takes one number a token, which code it means being read off the cumulative distribution:
-    cheap for any V, and in float64, so that logits which differ in their last bits nearly always mean the same code.
+    Exponentially distributed, (B, n, V): the code with the largest probability per number wins; these are multinomial's own tokens.
+    Uniform in [0, 1), (B, n) float64: which code a number means is read off the cumulative distribution, in float64, so that
+    logits which differ in their last bits nearly always mean the same code.
     """
-    B, n, V = logits.shape
-    if isinstance(generator, list):
-        uniform = torch.stack([torch.rand(n, 1, generator=g, dtype=torch.float64) for g in generator]).to(logits.device)
-        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
-    return torch.multinomial(logits.softmax(-1).view(-1, V), 1, replacement=True, generator=generator).view(B, n)
+    probabilities = logits.softmax(-1)
+    if chances.dim() == 3:
+        return (probabilities / chances).argmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, chances[..., None] * cumulative[..., -1:], right=True).squeeze(-1)
 
 
-def smooth_codes(logits, progress, codes, generator=None):
-    """Gumbel-softmax mixtures of codes (B, n, C), hardening as progress goes from 0 to 1; the constants are VAR's."""
+def smooth_codes(logits, progress, codes, exponential):
+    """Gumbel-softmax mixtures of codes (B, n, C), hardening as progress goes from 0 to 1; the constants are VAR's.
+
+    exponential: exponentially distributed numbers, as many as logits.
+    """
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    if isinstance(generator, list):
-        exponential = torch.stack([torch.empty(logits.shape[1:]).exponential_(generator=g) for g in generator]).to(logits)
-    else:
-        exponential = torch.empty_like(logits).exponential_(generator=generator)
-    gumbel = -exponential.log()
-    return ((logits * (1 + progress) + gumbel) / temperature).softmax(-1) @ codes
+    return ((logits * (1 + progress) - exponential.log()) / temperature).softmax(-1) @ codes
+
+
+GENERATE_BYTES = 16 * 2 ** 30
+
+
+def pictures_at_once(student, most=50):
+    """How many pictures to sample or to score at a time: at most so many, and no more than take 16 GiB, half precision or not.
+
+    A picture has keys and values of every block, and some copies of the logits of its largest map, with its class and without.
+    """
+    depth, length, width, codes = len(student.blocks), sum(student.lengths), student.head.in_features, student.head.out_features
+    floats = 2 * 2 * depth * length * width + 2 * 6 * student.lengths[-1] * codes
+    return max(1, min(most, GENERATE_BYTES // (4 * floats)))
 
 
 # -----------------------------------------------------------------------------
@@ -388,7 +426,7 @@ class AliasGateCrossAttention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x, alias, mask):
-        """x (B, n, D), alias (B, m, D), mask (n, m) → what to add to x, (B, n, D)."""
+        """x (B, n, D), alias (B, m, D), mask (n, m) or None → what to add to x, (B, n, D)."""
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         q, k, v = (layer(t).view(*t.shape[:2], self.heads, -1).transpose(1, 2)
                    for layer, t in ((self.query, x), (self.key, alias), (self.value, alias)))
@@ -403,12 +441,12 @@ class TeacherBlock(nn.Module):
         super().__init__()
         self.block, self.alias_attention = copy.deepcopy(block), alias_attention
 
-    def forward(self, x, condition, shared, maps, alias, alias_mask):
+    def forward(self, x, condition, shared, maps, alias, alias_mask, first):
+        """first: the position from which on maps look at alias tokens; alias_mask: None where all see all of them."""
         block = self.block
         gamma1, gamma2, scale1, scale2, shift1, shift2 = block.modulation(condition, shared)
         x = x + gamma1 * block.attention(modulate(x, scale1, shift1), maps)
         if self.alias_attention is not None:
-            first = x.shape[1] - alias_mask.shape[0]        # only the last maps look at alias tokens
             x = torch.cat([x[:, :first], x[:, first:] + self.alias_attention(x[:, first:], alias, alias_mask)], 1)
         return x + gamma2 * block.mlp(modulate(x, scale2, shift2))
 
@@ -445,7 +483,9 @@ class Teacher(nn.Module):
         map_of_query = map_of[self.first:]
         map_of_alias = map_of[sum(lengths[:-alias_scales - 1]):sum(lengths[:-1])]       # k = K−M … K−1, counted from 1
         self.register_buffer('map_of_alias', map_of_alias, persistent=False)
-        self.register_buffer('alias_mask', map_of_query[:, None] >= map_of_alias[None, :], persistent=False)
+        mask = map_of_query[:, None] >= map_of_alias[None, :]
+        # two maps see all there is, and without a mask attention has faster ways
+        self.register_buffer('alias_mask', mask if alias_scales > 2 else None, persistent=False)
         self.alias_embed = nn.Embedding(alias_vocab_size, width)
         self.alias_pos = nn.Parameter(torch.empty(1, len(map_of_alias), width))
         self.alias_scale = nn.Embedding(maps, width)
@@ -465,7 +505,7 @@ class Teacher(nn.Module):
         alias = self.alias_embed(tokens) + self.alias_pos + self.alias_scale(self.map_of_alias)
         features = []
         for block in self.blocks:
-            x = call(block, x, condition, shared, maps, alias, self.alias_mask)
+            x = call(block, x, condition, shared, maps, alias, self.alias_mask, self.first)
             features.append(x[:, self.first:])
         scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
         return self.head(modulate(features[-1], scale, shift)).float(), features[-self.teacher_blocks:]
@@ -698,7 +738,7 @@ def build_student(config, structure, num_classes):
 
 def load_student(path, structure, device='cpu'):
     """(VAR in eval mode, checkpoint) from student.pt; UserError if it was trained on another tokenizer's tokens."""
-    checkpoint = load_checkpoint(path, 'student', device, made_by='train_fvar.py')
+    checkpoint = load_checkpoint(path, 'student', made_by='train_fvar.py')
     with blame(path):
         if checkpoint['tokenizer'] != digest(structure.state_dict()):
             raise UserError(f'{path} was trained on the tokens of another tokenizer: use the tokenizer.pt that lies beside it')
@@ -723,10 +763,10 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
         return structure, student, stage1, stage2
     if not init_from or tokenizer:
         raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, and no --tokenizer')
-    vae_weights, var_weights = read_weights(vae, device), read_weights(init_from, device)
+    vae_weights, var_weights = read_weights(vae), read_weights(init_from)
     try:
         structure, student = load_official(vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
     except UserError as error:
         raise UserError(f'--vae={vae} --init_from={init_from}: {error}') from None
     stage1, stage2 = {'config': {'data': ''}, 'step': 0}, {'classes': [str(c) for c in range(student.num_classes)], 'step': 0}
-    return structure.to(device), student.to(device), stage1, stage2
+    return structure.to(device, memory_format=torch.channels_last), student.to(device), stage1, stage2

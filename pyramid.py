@@ -14,6 +14,7 @@ writes the photo itself, 3 pixels out of focus (sample.py --refocus takes that b
 Images are float tensors (B, C, S, S) in [−1, 1].
 """
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,11 @@ def radial_kernel(profile, half):
     return (weight / weight.sum()).float()
 
 
-def psf(radius, kernel):
-    """The kernel that stands for a defocus radius: a disk, a Gaussian of σ = ρ/2, or nothing at all."""
+@lru_cache(maxsize=None)                                    # else it would be made, and sent to the device, in every step
+def psf(radius, kernel, device='cpu'):
+    """The kernel that stands for a defocus radius: a disk, a Gaussian of σ = ρ/2, or nothing at all. Not to be written to."""
+    if torch.device(device).type != 'cpu':
+        return psf(radius, kernel).to(device)
     if kernel == 'disk':
         return disk_kernel(radius)
     if kernel == 'gaussian':
@@ -143,7 +147,7 @@ def defocus(images, radius, kernel='disk'):
 
     radius in pixels of `images`. Raises UserError if the kernel is larger than the image.
     """
-    weight = psf(radius, kernel)
+    weight = psf(radius, kernel, images.device)
     if weight.numel() == 1:
         return images
     return convolve(images, weight) if len(weight) <= 9 else convolve_fft(images, weight)
@@ -163,7 +167,7 @@ def decimate(images, size):
 
 def defocus_decimate(images, radius, size, kernel='disk'):
     """decimate(defocus(images, radius), size), by the cheapest exact route."""
-    weight = psf(radius, kernel)
+    weight = psf(radius, kernel, images.device)
     side = images.shape[-1]
     if weight.numel() > 1 and side % size == 0 and size < side:
         return convolve(images, weight, stride=side // size)
@@ -183,11 +187,11 @@ def noise_levels(noise, maps):
     return [first + (last - first) * k / max(1, maps - 1) for k in range(maps)]
 
 
-def noise_like(images, generator=None):
-    """ε of Eq. 3, standard normal. generator: None, a torch.Generator, or a function shape → noise (by which
-    one rank of many takes its share of the noise of a global batch)."""
+def noise_like(images, k, generator=None):
+    """ε of Eq. 3 for token map k (from 0), standard normal. generator: None, a torch.Generator, or a function (shape, k) → noise,
+    by which a sample's noise may depend on its number alone."""
     if callable(generator):
-        return generator(images.shape).to(images)
+        return generator(images.shape, k).to(images)
     return torch.randn(images.shape, generator=generator, device=generator.device if generator else images.device).to(images)
 
 
@@ -199,10 +203,10 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
     """
     betas = noise_levels(noise if kernel != 'none' else (0.0, 0.0), len(patch_nums))
     focused, downsampled, alias = [], [], []
-    for size, radius, beta in zip(view_sizes(patch_nums, images.shape[-1]), radii, betas):
+    for k, (size, radius, beta) in enumerate(zip(view_sizes(patch_nums, images.shape[-1]), radii, betas)):
         L = defocus_decimate(images, radius, size, kernel)
         if beta:
-            L = L + beta * noise_like(L, generator)
+            L = L + beta * noise_like(L, k, generator)
         D = decimate(images, size)
         focused.append(L)
         downsampled.append(D)

@@ -13,12 +13,15 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from configurator import UserError
@@ -45,16 +48,9 @@ def all_reduce(tensor, average=False):
 
 
 def all_reduce_max(tensor):
-    """The largest of each number over all ranks, in place; returns the tensor."""
+    """The largest of each number over all ranks, in place, for a tensor on the CPU: no rank waits for its GPU. Returns the tensor."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor
-
-
-def broadcast(tensor):
-    """Overwrites a tensor by rank 0's, in place; returns it."""
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=on_cpu)
     return tensor
 
 
@@ -67,19 +63,23 @@ def gather(tensor):
     return torch.cat(pieces)
 
 
+on_cpu = None                   # the ranks as a group that talks through CPU memory and waits for days; join_ranks makes it
+
+
 def barrier():
+    """Waits for all ranks, however long one of them saves or encodes: the limit of other collectives is ten minutes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=on_cpu)
 
 
-def share_of_batch(batch_size, accumulate=1):
+def share_of_batch(batch_size, grad_accum_steps=1):
     """How many samples of the global batch one rank takes at a time; UserError if it does not divide, or fits no memory."""
-    if batch_size < 1 or accumulate < 1 or batch_size % (world_size() * accumulate):
+    if batch_size < 1 or grad_accum_steps < 1 or batch_size % (world_size() * grad_accum_steps):
         raise UserError(f'batch_size={batch_size} is not a multiple of {world_size()} ranks × '
-                        f'accumulate={accumulate}')
+                        f'grad_accum_steps={grad_accum_steps}')
     if batch_size > 2 ** 20:
         raise UserError(f'batch_size={batch_size}: must be at most {2 ** 20}')
-    return batch_size // (world_size() * accumulate)
+    return batch_size // (world_size() * grad_accum_steps)
 
 
 def require_positive(settings, *names):
@@ -96,22 +96,25 @@ def require_shares(settings, *names):
             raise UserError(f'{name}={settings[name]}: is a share, at most 1')
 
 
-def local_slice(tensor, dim=0):
-    """This rank's contiguous part of something drawn for the global batch."""
-    return tensor.chunk(world_size(), dim)[rank()]
+def in_one_piece(tensors, collective):
+    """Runs an in-place collective over many tensors of one type as over a single one: one call instead of hundreds."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    collective(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
 
 
-def shared_noise(generator):
-    """A function shape → this rank's share of the normal noise of a global batch: N ranks see what one would."""
-    return lambda shape: local_slice(torch.randn((world_size() * shape[0], *shape[1:]), generator=generator))
+@torch.no_grad()
+def broadcast_weights(module):
+    """Gives every rank rank 0's parameters."""
+    if dist.is_initialized():
+        in_one_piece(list(module.parameters()), lambda flat: dist.broadcast(flat, 0))
 
 
 def average_gradients(module):
     """Averages .grad over the ranks after backward: for losses made of several backward passes, which DDP's hooks miss."""
     if dist.is_initialized():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                all_reduce(parameter.grad, average=True)
+        in_one_piece([p.grad for p in module.parameters() if p.grad is not None], lambda flat: all_reduce(flat, average=True))
 
 
 def mean_terms(terms):
@@ -124,17 +127,24 @@ def parallel(module, device):
     """A module whose gradients are averaged over ranks; the module itself when there is one rank or it is sharded."""
     if not dist.is_initialized() or is_sharded(module):
         return module
-    return DistributedDataParallel(module, [device] if device.type == 'cuda' else None, broadcast_buffers=False)
+    return DistributedDataParallel(module, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 
-def shard(module, parts, device):
-    """Shares the weights of a module out over the ranks (FSDP2), in place: every part is gathered only while it computes."""
-    from torch.distributed.fsdp import fully_shard
+def shard(module, parts, device, dtype):
+    """Shares the weights of a module out over the ranks (FSDP2), in place: every part is gathered only while it computes.
+
+    dtype: that of autocast. Parts are gathered in it; gradients are summed in float32, and the residual stream stays as it is.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     if not dist.is_initialized():
         raise UserError('--fsdp shares weights out over several ranks: start with torchrun --nproc_per_node=N')
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
-    for part in (*parts, module):
-        fully_shard(part, mesh=mesh)
+    broadcast_weights(module)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh)
 
 
 def is_sharded(module):
@@ -167,11 +177,18 @@ def load_training_state(module, optimizer, weights, optimizer_state, name):
     """Takes up what training_state gave."""
     if not is_sharded(module):
         load_weights(module, weights, name)
-        optimizer.load_state_dict(optimizer_state)
+        load_optimizer(optimizer, optimizer_state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
     set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state,
                    options=StateDictOptions(full_state_dict=True))
+
+
+def load_optimizer(optimizer, state_dict):
+    """load_state_dict, but nothing of state_dict is held: on a CPU the optimizer would take over its very tensors."""
+    optimizer.load_state_dict(state_dict)
+    for state in optimizer.state.values():
+        state.update({name: value.clone() for name, value in state.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -207,13 +224,20 @@ def join_ranks(backend):
     torchrun keeps one store over its restarts (pytorch issue 135712), and a rank that starts sooner than another would find the
     address of the dead one there: so each start has names of its own. Its number is the same on all ranks of one machine only.
     """
-    of = os.environ.get
-    if of('TORCHELASTIC_USE_AGENT_STORE') != 'True' or of('LOCAL_WORLD_SIZE') != of('WORLD_SIZE'):
-        dist.init_process_group(backend)
-        return
-    store, rank, world_size = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(f'start {of("TORCHELASTIC_RESTART_COUNT")}', store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    global on_cpu
+    of, where = os.environ.get, {}
+    if of('TORCHELASTIC_USE_AGENT_STORE') == 'True' and of('LOCAL_WORLD_SIZE') == of('WORLD_SIZE'):
+        store, *where_we_are = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(f'start {of("TORCHELASTIC_RESTART_COUNT")}', store)
+        where = dict(zip(('store', 'rank', 'world_size'), (store, *where_we_are)))
+    dist.init_process_group(backend, **where)
+    on_cpu = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+def dtype_of(autocast):
+    """What matrices are multiplied in under a context of precision()."""
+    with autocast() as context:
+        return context.fast_dtype if context else torch.float32
 
 
 def has_fast_bfloat16(device):
@@ -241,10 +265,78 @@ def precision(dtype, device):
     return lambda: torch.autocast(device.type, dtype=getattr(torch, dtype)), scaler
 
 
+def to_device(tensor, device):
+    """The tensor on the device. A GPU fetches it while the CPU goes on, which takes page-locked memory."""
+    if torch.device(device).type == 'cuda' and tensor.device.type == 'cpu':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def count_flops(function):
+    """Floating-point operations of the matrix products, convolutions and attention that a call executes."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):      # others are not counted on every device
+        function()
+    return counter.get_total_flops()
+
+
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}    # FLOP/s in bfloat16 without sparsity, from NVIDIA's data sheets
+
+
+def peak_flops(device, autocast):
+    """FLOP/s of one device at best: of a known GPU in 16 bits as its maker says, else what a large matrix product reaches."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    sixteen_bits = torch.finfo(dtype_of(autocast)).bits == 16
+    known = [peak for model, peak in PEAK.items() if model in name and sixteen_bits]
+    return known[0] if known else measured_peak(device, autocast)
+
+
+def measured_peak(device, autocast):
+    """FLOP/s of a large matrix product, the best of three."""
+    n = 8192 if device.type == 'cuda' else 1536
+    a, b, seconds = *torch.ones(2, n, n, device=device), []
+    for _ in range(4):
+        began = time.perf_counter()
+        with autocast():
+            (a @ b)[0, 0].item()                            # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds[1:])
+
+
+# -----------------------------------------------------------------------------
+# random numbers
+
+def seed_of(*numbers):
+    """A seed that is a function of some integers."""
+    digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], 'little') >> 1
+
+
 def generator(*numbers):
     """A CPU generator that is a function of some integers, e.g. (seed, step): resuming needs no saved state."""
-    digest = hashlib.sha256(repr(tuple(int(n) for n in numbers)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+def sample_numbers(step, batch_size):
+    """Numbers of the samples this rank takes in a step, counted over the whole run."""
+    share = batch_size // world_size()
+    first = step * batch_size + rank() * share
+    return range(first, first + share)
+
+
+def draw(distribution, shape, numbers, device, *stream):
+    """Random numbers (len(numbers), *shape), made on the device that needs them, for the samples of this rank alone.
+
+    distribution: torch.rand or torch.randn. Those of a sample are a function of (stream, its number), integers: any number of
+    ranks and any division into passes draw the same. Another kind of device draws others.
+    """
+    generator = torch.Generator(device)
+    return torch.stack([distribution(shape, generator=generator.manual_seed(seed_of(*stream, number)), device=device)
+                        for number in numbers])
+
+
+def noise_of(numbers, device, *stream):
+    """A function (shape, k) → standard normal noise of token map k for these samples, as draw() makes it."""
+    return lambda shape, k: draw(torch.randn, shape[1:], numbers, device, *stream, k)
 
 
 # -----------------------------------------------------------------------------
@@ -255,7 +347,7 @@ def learning_rate(step, steps, peak, warmup, final=0.1):
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (final + (1 - final) * 0.5 * (1 + torch.tensor(progress * torch.pi).cos().item()))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def adamw(module, lr, betas, weight_decay):
@@ -270,25 +362,27 @@ def adamw(module, lr, betas, weight_decay):
 
 
 class SafeStep:
-    """Optimizer steps that skip what is not finite, and give up after ten in a row, naming what went first.
+    """Optimizer steps that skip gradients which are not finite, and never wait for the device.
 
-    A spike is a finite gradient ten times as long as usual, usual being the mean over the last hundred steps or so. It is
-    clipped like any other and said in one line: a jump of the loss shows here first, and at every step, not at logged ones.
+    The counts stay on the device; check() fetches them, and gives up after ten bad steps in a row.
     """
 
     def __init__(self, optimizer, scaler, grad_clip):
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
-        self.taken = self.skipped = self.in_a_row = self.spikes = 0
-        self.usual_norm, self.first_to_go = 0.0, ''
+        device = optimizer.param_groups[0]['params'][0].device
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)      # taken, skipped, bad in a row, first step of these
+        self.names, self.first_terms = [], torch.zeros(0, device=device)    # the loss terms of that first step
 
     def state_dict(self):
-        return {name: value for name, value in vars(self).items() if name not in ('optimizer', 'scaler', 'grad_clip')}
+        return {'counts': self.counts.tolist(), 'names': self.names, 'first_terms': self.first_terms.tolist()}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        self.names = state['names']
+        self.counts, self.first_terms = (torch.tensor(state[name], dtype=now.dtype, device=now.device)
+                                         for name, now in (('counts', self.counts), ('first_terms', self.first_terms)))
 
     def __call__(self, networks, lr, terms={}):
-        """Clips, steps unless the gradient norm is not finite, clears the gradients. Returns the norm.
+        """Clips, steps unless the gradient norm is not finite, clears the gradients. Returns (norm, whether it is finite): tensors.
 
         networks: a list of lists of parameters, each of which is clipped on its own, lest the spikes of one shorten the steps
         of another: clipped together with its alias tokenizer, a structure tokenizer was 0.3 to 0.6 dB worse.
@@ -299,41 +393,38 @@ class SafeStep:
             group['lr'] = lr
         self.scaler.unscale_(self.optimizer)
         norms = [torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip) for parameters in networks]
-        norm = math.hypot(*((norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item() for norm in norms))
-        if math.isfinite(norm):
-            self.scaler.step(self.optimizer)
-            self.watch(norm)
-            self.taken += 1
-            self.in_a_row = 0
-        else:
-            if self.in_a_row == 0:
-                self.first_to_go = f'{not_finite(terms) or "a gradient"} in step {self.taken + self.skipped}'
-            self.skipped += 1
-            self.in_a_row += 1
+        norm = torch.stack([norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]).norm()
+        finite = norm.isfinite()
+        self.optimizer.found_inf = (~finite).float()        # fused optimizers look at it and leave everything as it was
+        self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.count(finite, terms)
+        return norm, finite
+
+    def count(self, finite, terms):
+        taken, skipped, in_a_row, first_step = self.counts.unbind()
+        first = ~finite & (in_a_row == 0)
+        now = torch.stack([self.first_terms.new_zeros(()), *(term.detach().float().mean() for term in terms.values())])
+        if self.names != list(terms):
+            self.names, self.first_terms = list(terms), now
+        self.first_terms = torch.where(first, now, self.first_terms)
+        self.counts = torch.stack([taken + finite, skipped + ~finite, (in_a_row + 1) * ~finite,
+                                   torch.where(first, taken + skipped, first_step)])
+
+    def check(self):
+        """Waits for the device; returns how many steps were skipped so far. All ranks must ask.
+
+        Raises FloatingPointError, naming the loss terms that went first, if the last ten steps or more were skipped.
+        """
+        _, skipped, in_a_row, first_step = self.counts.tolist()
         # a float16 scaler starts too high on purpose and skips its way down: not an alarm
-        if self.in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            raise FloatingPointError(f'ten steps in a row had a loss or gradient that is not finite, first {self.first_to_go}; '
-                                     f'the last checkpoint is intact: lower --lr, or use --dtype=float32')
-        return norm
-
-    def watch(self, norm):
-        """Counts and says a spike; keeps the usual norm."""
-        spike = self.taken >= 100 and norm > 10 * self.usual_norm
-        if spike:
-            self.spikes += 1
-            say(f'warning: spike in step {self.taken + self.skipped}: gradient norm {norm:.3g}, usually {self.usual_norm:.3g}')
-        norm = min(norm, 10 * self.usual_norm) if spike else norm       # or one spike would hide the next
-        self.usual_norm += (norm - self.usual_norm) / min(self.taken + 1, 100)
-
-
-def not_finite(terms):
-    """Names of the loss terms that are not finite on some rank, joined."""
-    if not terms:
-        return ''
-    bad = all_reduce(torch.stack([1 - t.detach().isfinite().all().float() for t in terms.values()]))
-    return ', '.join(name for name, count in zip(terms, bad.tolist()) if count)
+        if in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            bad = all_reduce(1 - self.first_terms.isfinite().float())[1:].tolist()
+            culprits = ', '.join(name for name, count in zip(self.names, bad) if count) or 'a gradient'
+            raise FloatingPointError(f'{in_a_row} steps in a row had a loss or gradient that is not finite, first {culprits} in step '
+                                     f'{first_step}; the last checkpoint is intact: lower --lr, or use --dtype=float32')
+        return skipped
 
 
 # -----------------------------------------------------------------------------
@@ -354,8 +445,8 @@ class Saving:
     A second SIGINT stops at once. One rank that was signalled is enough, and the seconds are those of rank 0.
     """
 
-    def __init__(self, every, seconds, device):
-        self.every, self.seconds, self.device = every, seconds, device
+    def __init__(self, every, seconds):
+        self.every, self.seconds = every, seconds
         self.asked = self.number = 0                        # the signal this rank was sent, and the one all ranks know of
         self.saved_at = time.monotonic()
         self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -368,7 +459,7 @@ class Saving:
     def due(self, step, steps):
         """Whether to save now, after `step` of `steps` steps; the same answer on every rank. All ranks must ask, every step."""
         late = self.seconds > 0 and rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
-        self.number, late = all_reduce_max(torch.tensor([self.asked, int(late)], device=self.device)).tolist()
+        self.number, late = all_reduce_max(torch.tensor([self.asked, int(late)])).tolist()
         due = bool(late or self.number or step % self.every == 0 or step == steps)
         self.saved_at = time.monotonic() if due else self.saved_at
         return due
@@ -458,8 +549,8 @@ def blame(path):
         raise UserError(f'{path} holds no {error}: it was made by another version of this code') from None
 
 
-def load_checkpoint(path, kind, device='cpu', made_by=''):
-    """Reads what save_checkpoint wrote; checkpoint['kind'] must equal kind.
+def load_checkpoint(path, kind, made_by=''):
+    """Reads what save_checkpoint wrote, its tensors on the CPU; checkpoint['kind'] must equal kind.
 
     Falls back to PATH.previous, with a warning, when the newest is truncated or gone. Never runs code from the
     file. Raises UserError naming the file: missing (then `made_by` says which script writes it), unreadable,
@@ -471,7 +562,7 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
     if candidates[0] != Path(path):
         print(f'warning: {path} is gone; going back to {candidates[0]}', file=sys.stderr)
     for file in candidates:
-        checkpoint = read_weights(file, device, errors=candidates[-1] == file)
+        checkpoint = read_weights(file, errors=candidates[-1] == file)
         if checkpoint is not None:
             break
         print(f'warning: {file} is damaged; going back to {candidates[-1]}', file=sys.stderr)
@@ -481,14 +572,17 @@ def load_checkpoint(path, kind, device='cpu', made_by=''):
     return checkpoint
 
 
-def read_weights(path, device='cpu', errors=True):
-    """torch.load of tensors and plain values only. A damaged file: UserError, or None if errors=False."""
+def read_weights(path, errors=True):
+    """torch.load of tensors and plain values only, on the CPU. A damaged file: UserError, or None if errors=False.
+
+    The file is mapped into memory, so that all ranks of a machine share one copy of it.
+    """
     try:
-        if zipfile.is_zipfile(path):                        # torch writes checksums, but does not look at them
+        if whole := zipfile.is_zipfile(path):               # torch writes checksums, but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=whole)
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except Exception as error:                 # zip, pickle and torch each raise their own kinds
@@ -640,6 +734,27 @@ class Waiting:
         return self.waited / max(1e-9, time.perf_counter() - self.began) if self.began else 0.0
 
 
+class Speed:
+    """Images per second since the last report, and MFU: the share of the devices' peak FLOP/s that the model itself needs for them.
+
+    What is computed twice to save memory does not count as needed. flops_per_image: forwards and backwards.
+    """
+
+    def __init__(self, images_per_step, flops_per_image, peak):
+        self.images_per_step, self.flops, self.peak = images_per_step, flops_per_image, peak * world_size()
+        self.start(0)
+
+    def start(self, step):
+        """Begins to measure after this step."""
+        self.step, self.began = step, time.perf_counter()
+
+    def report(self, step):
+        """To be asked when the device is known to be done with this step."""
+        rate = (step - self.step) * self.images_per_step / (time.perf_counter() - self.began)
+        self.start(step)
+        return {'images_per_second': rate, 'mfu': rate * self.flops / self.peak}
+
+
 def say(*words):
     """Prints on rank 0 without breaking a progress bar."""
     if rank() == 0:
@@ -697,11 +812,11 @@ def run(main):
 def less_memory(main):
     """Which of the script's settings to lower."""
     settings = main.__globals__
-    if 'accumulate' in settings:
-        mend = f'raise --accumulate (now {settings["accumulate"]})'
+    if 'grad_accum_steps' in settings:
+        mend = f'raise --grad_accum_steps (now {settings["grad_accum_steps"]})'
     else:
         mend = 'lower --batch_size' + ''.join(f' or --{name}' for name in ('image_size', 'num_samples') if name in settings)
-    return mend + (' or set --recompute=True, which changes nothing that is learnt' if 'recompute' in settings else '')
+    return mend + (' or set --grad_checkpoint=True, which changes nothing that is learnt' if 'grad_checkpoint' in settings else '')
 
 
 def fail(message, status):

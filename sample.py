@@ -30,7 +30,7 @@ import runtime
 from configurator import UserError, configure
 from data import balanced_labels, close_table, open_table, sample_generators, to_uint8, undone_batches
 from editing import edit as edit_photo, refocus as refocus_photo
-from model import compile_blocks, load_deployed, to_official
+from model import compile_sampling, load_deployed, pictures_at_once, to_official
 from pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
 
 # input and output
@@ -61,8 +61,8 @@ top_p = 0.96                    # probability kept; 0 is all
 smooth = False                  # Gumbel-softmax mixtures of codes: smoother pictures, not for FID
 kv_cache = True                 # False recomputes every earlier map: slow, the same pictures
 # system
-compile = False                 # compile the blocks: half a minute's wait, then faster; for many samples
-batch_size = 50                 # pictures at a time
+compile = False                 # compile the sampling loop: minutes of waiting, then faster; for many samples
+batch_size = 0                  # pictures at a time; 0: 50, or as many as take 16 GiB
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'float32'               # auto | float32 | bfloat16 | float16
 config = configure(globals())
@@ -70,8 +70,8 @@ config = configure(globals())
 
 def check_settings():
     """UserError for settings that make no sense together."""
-    if per_class < 1 or batch_size < 1:
-        raise UserError(f'--per_class={per_class} --batch_size={batch_size}: both must be at least 1')
+    if per_class < 1:
+        raise UserError(f'--per_class={per_class}: must be at least 1')
     if bool(edit) != bool(mask or outpaint) or (mask and outpaint):
         raise UserError('to edit a photo give --edit=PHOTO and one of --mask=MASK.png and --outpaint=LEFT,TOP,RIGHT,BOTTOM')
     if bool(refocus) != bool(radius):
@@ -104,7 +104,7 @@ def draw_samples(structure, network, names, autocast, dev):
     labels = torch.tensor(chosen, device=dev).repeat_interleave(per_class)
     generator = torch.Generator(dev).manual_seed(seed)
     tokens, images = [], []
-    for part in labels.split(batch_size):
+    for part in labels.split(batch_size or pictures_at_once(network)):
         with autocast():
             t, x = network.generate(structure, part, cfg, top_k, top_p, generator, smooth, kv_cache)
         tokens.append(t)
@@ -136,12 +136,13 @@ def write_samples(structure, network, checkpoint, autocast, dev):
     made_with |= {'device': dev.type, 'torch': torch.__version__, 'student_step': checkpoint['step'], 'image_size': size,
                   'student': runtime.digest(network.state_dict()), 'tokenizer': runtime.digest(structure.state_dict())}
     table = open_table(partial, made_with, num_samples, size * size * 3 + 1, np.uint8, NOT_YET)
-    undone = undone_batches(table, batch_size, NOT_YET)
-    bar = runtime.progress(len(undone), label='sample', scale=batch_size * runtime.world_size())
+    at_once = batch_size or pictures_at_once(network)
+    undone = undone_batches(table, at_once, NOT_YET)
+    bar = runtime.progress(len(undone), label='sample', scale=at_once * runtime.world_size())
     for batch in undone:
         rows, generators = slice(batch.start, batch.stop), sample_generators(seed, batch)
         with autocast():
-            _, images = network.generate(structure, labels[rows].to(dev), cfg, top_k, top_p, generators, smooth, kv_cache)
+            _, images = network.generate(structure, runtime.to_device(labels[rows], dev), cfg, top_k, top_p, generators, smooth, kv_cache)
         table[rows, :-1] = to_uint8(images).permute(0, 2, 3, 1).flatten(1).cpu().numpy()
         table[rows, -1] = DONE
         bar.update()
@@ -203,7 +204,7 @@ def main():
     autocast, _ = runtime.precision(dtype, dev)
     structure, network, _, checkpoint = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
     if compile:
-        compile_blocks(network.blocks)
+        compile_sampling(network, dev)
     if num_samples:
         write_samples(structure, network, checkpoint, autocast, dev)
     elif export:

@@ -14,6 +14,7 @@ Encoder and Decoder follow VQGAN (Esser et al. 2021) as VAR publishes it. Images
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like, psf, reflect_pad
-from runtime import blame, load_checkpoint, load_weights
+from runtime import blame, load_checkpoint, load_weights, to_device
 
 
 # -----------------------------------------------------------------------------
@@ -163,13 +164,26 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
         init_convolutions(self)
 
-    def forward(self, x):
+    def hidden(self, x):
+        """All but the last convolution: (B, channels, p·f, p·f)."""
         x = self.middle(self.conv_in(x))
         for i, level in enumerate(self.levels):
             x = level(x)
             if i < len(self.samplers):
                 x = self.samplers[i](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
+
+    def forward(self, x):
+        return self.conv_out(self.hidden(x))
+
+
+def compile_convolutions(tokenizers):
+    """Compiles their encoders and decoders in place: names of weights stay as they are."""
+    for part in tokenizers.modules():
+        if isinstance(part, Encoder):
+            part.compile()
+        elif isinstance(part, Decoder):                     # it is called by its hidden() in training
+            part.hidden = torch.compile(part.hidden)
 
 
 # -----------------------------------------------------------------------------
@@ -201,19 +215,26 @@ class Codebook(nn.Embedding):
         with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
             z = vectors.float().flatten(2).transpose(1, 2).reshape(-1, vectors.shape[1])
             codes = self.weight.float()
-            distance = z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T
-            return distance.argmin(1).view(vectors.shape[0], -1)
+            found = [(part.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * part @ codes.T).argmin(1)
+                     for part in z.split(2 ** 14)]          # half a GiB of distances to 8192 codes
+            return torch.cat(found).view(vectors.shape[0], -1)
 
     def maps(self, tokens):
         """(B, p²) indices → (B, C, p, p) codes."""
         p = math.isqrt(tokens.shape[1])
         return self(tokens).transpose(1, 2).reshape(tokens.shape[0], -1, p, p)
 
+    def histogram(self, tokens):
+        """How often each code was taken, (maps, vocab_size) float32, of tokens: list of (B, p²). Unlike bincount it never waits."""
+        hits = torch.zeros_like(self.usage)
+        for row, t in zip(hits, tokens):
+            row.scatter_add_(0, t.flatten(), torch.ones_like(t.flatten(), dtype=hits.dtype))
+        return hits
+
     @torch.no_grad()
-    def count(self, tokens, reduce, decay=0.99):
-        """Takes one step's tokens (list of (B, p²)) into `usage`; `reduce` sums a tensor over the ranks."""
-        hits = torch.stack([torch.bincount(t.flatten(), minlength=self.num_embeddings) for t in tokens]).float()
-        self.usage.mul_(decay).add_(reduce(hits), alpha=1 - decay)
+    def count(self, hits, weight=1.0, decay=0.99):
+        """Takes one step's histogram, over all ranks, into `usage`; not at all where weight (a number or tensor) is 0."""
+        self.usage.lerp_(hits, (1 - decay) * weight)
 
     def perplexity(self):
         """exp(entropy) of the use of codes for every token map: 1 is collapse, vocab_size is even use. (maps,)"""
@@ -221,24 +242,26 @@ class Codebook(nn.Embedding):
         return torch.exp(-(share * share.clamp(min=1e-9).log()).sum(1))
 
     @torch.no_grad()
-    def reseed(self, vectors, generator, threshold):
-        """Moves dead codes (used less than `threshold` of an even share) onto given vectors. Returns how many.
+    def reseed(self, vectors, generator, threshold, weight=1):
+        """Moves dead codes (used less than `threshold` of an even share) onto given vectors. Returns how many, a tensor.
 
         vectors: list over token maps of (n_k, C), what had to be quantized. A token map is drawn first and a
         vector of it second, so that the few tokens of coarse maps get codes as well as the many of fine ones.
+        Every code draws, dead or not, so that nobody has to wait until it is known which are. weight: 0 leaves all as they are.
         """
-        use = self.usage.sum(0)
-        dead = (use < threshold * use.mean()).nonzero().flatten()
-        if not len(dead):
-            return 0
-        maps = torch.randint(len(vectors), (len(dead),), generator=generator)
-        picks = [torch.randint(len(vectors[k]), (1,), generator=generator).item() for k in maps]
-        chosen = torch.stack([vectors[k][i] for k, i in zip(maps.tolist(), picks)]).float()
+        use, (codes, width) = self.usage.sum(0), self.weight.shape
+        dead = (use < threshold * use.mean()) & (weight > 0)
+        lengths = torch.tensor([len(v) for v in vectors])
+        maps = torch.randint(len(vectors), (codes,), generator=generator)
+        place = (torch.rand(codes, generator=generator, dtype=torch.float64) * lengths[maps]).long()
+        picks = lengths.cumsum(0)[maps] - lengths[maps] + place
+        chosen = torch.cat(vectors)[to_device(picks, use.device)].float()
         # no two codes may be equal, or the second is dead again at once
-        jitter = torch.randn(chosen.shape, generator=generator).to(chosen) * chosen.std() * 1e-2
-        self.weight[dead] = chosen + jitter
-        self.usage[:, dead] = self.usage.sum(1, keepdim=True) / self.num_embeddings  # a fresh start, not dead yet
-        return len(dead)
+        jitter = to_device(torch.randn(codes, width, generator=generator), use.device) * chosen.std() * 1e-2
+        self.weight.copy_(torch.where(dead[:, None], chosen + jitter, self.weight))
+        fresh = self.usage.sum(1, keepdim=True) / codes     # a fresh start, not dead yet
+        self.usage.copy_(torch.where(dead, fresh, self.usage))
+        return dead.sum()
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -252,13 +275,12 @@ class MultiScaleQuantizer(nn.Module):
         self.patch_nums = tuple(patch_nums)
         self.codebook = Codebook(vocab_size, code_width, len(patch_nums))
         self.phi = nn.ModuleList(nn.Conv2d(code_width, code_width, 3, padding=1) for _ in range(phis))
+        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # the published rule
+        self.ticks = np.linspace(edge, 1 - edge, phis).tolist()
 
     def phi_of_map(self, k):
         """The index of the φ whose tick lies nearest to k/(K−1), k from 0."""
-        phis, maps = len(self.phi), len(self.patch_nums)
-        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # the published rule
-        ticks = torch.linspace(edge, 1 - edge, phis, dtype=torch.float64)
-        return (ticks - k / max(1, maps - 1)).abs().argmin().item()
+        return min(range(len(self.phi)), key=lambda i: abs(self.ticks[i] - k / max(1, len(self.patch_nums) - 1)))
 
     def contribution(self, tokens, k):
         """φ_k(bicubic(code(r_k) → p_K)), what map k adds to f̂: (B, C, p_K, p_K)."""
@@ -305,16 +327,27 @@ def vq_loss(quantized, features, beta):
 AT_ONCE = 2 ** 20               # pixels: 16 pictures of 256 px, one of 1024
 
 
-def in_parts(function, x, side, recompute):
+def in_parts(function, x, side, grad_checkpoint):
     """function(x), for pictures of `side` pixels: without gradients part by part, or a batch of 1024-px pictures would not fit.
 
-    recompute: with gradients too, and nothing inside a part is kept for the backward pass, which computes it again.
+    grad_checkpoint: with gradients too, and nothing inside a part is kept for the backward pass, which computes it again.
     """
     learns = torch.is_grad_enabled()
-    if learns and not recompute:
+    if learns and not grad_checkpoint:
         return function(x)
     parts = x.split(max(1, AT_ONCE // side ** 2))
     return torch.cat([checkpoint(function, part, use_reentrant=False) if learns else function(part) for part in parts])
+
+
+def decode_in_parts(decoder, codes, side, grad_checkpoint, before=nn.Identity()):
+    """decoder(before(codes)) by in_parts.
+
+    With gradients the last convolution stays outside: VQGAN's adaptive weight asks for the gradient of its weights alone, and
+    inside it would make every part be computed again, and kept.
+    """
+    if not torch.is_grad_enabled():
+        return in_parts(lambda part: decoder(before(part)), codes, side, grad_checkpoint)
+    return decoder.conv_out(in_parts(lambda part: decoder.hidden(before(part)), codes, side, grad_checkpoint))
 
 
 class StructureTokenizer(nn.Module):
@@ -338,7 +371,7 @@ class StructureTokenizer(nn.Module):
         if len(noise) != 2 or min(noise) < 0:
             raise UserError(f'noise={tuple(noise)}: give two numbers, β_1 and β_K, both 0 or more')
         self.image_size, self.patch_nums, self.noise, self.beta = image_size, tuple(patch_nums), noise, beta
-        self.pyramid, self.focus_input, self.kernel, self.recompute = pyramid, focus_input, kernel, False
+        self.pyramid, self.focus_input, self.kernel, self.grad_checkpoint = pyramid, focus_input, kernel, False
         self.radii = [0.0] * len(patch_nums)
         if pyramid == 'focus' and kernel != 'none':
             self.radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
@@ -353,7 +386,7 @@ class StructureTokenizer(nn.Module):
     # -- the way in
 
     def features(self, images):
-        return in_parts(lambda part: self.pre_quant(self.encoder(part)), images, images.shape[-1], self.recompute)
+        return in_parts(lambda part: self.pre_quant(self.encoder(part)), images, images.shape[-1], self.grad_checkpoint)
 
     def targets(self, images, generator=None, radii=None):
         """e_1 … e_K, each (B, C, p_k, p_k). With a generator the views carry the noise of Eq. 3.
@@ -372,11 +405,11 @@ class StructureTokenizer(nn.Module):
         distinct = [max(r, 0.5) for r in radii]             # ρ ≤ ½ is the identity
         noisy = generator is not None and self.pyramid == 'focus' and self.kernel != 'none'
         states = {}
-        for radius, beta in zip(distinct, noise_levels(self.noise, len(distinct))):
+        for k, (radius, beta) in enumerate(zip(distinct, noise_levels(self.noise, len(distinct)))):
             if radius not in states:
                 states[radius] = defocus(images, radius, self.kernel)
                 if noisy:
-                    states[radius] = states[radius] + beta * noise_like(images, generator)
+                    states[radius] = states[radius] + beta * noise_like(images, k, generator)
         features = self.features(torch.cat(list(states.values()))).chunk(len(states))
         of_radius = dict(zip(states, features))
         return [of_radius[radius] for radius in distinct]
@@ -390,7 +423,7 @@ class StructureTokenizer(nn.Module):
 
     def decode_features(self, f_hat):
         """f̂ (B, C, p_K, p_K) → images, not clamped."""
-        return in_parts(lambda part: self.decoder(self.post_quant(part)), f_hat, self.image_size, self.recompute)
+        return decode_in_parts(self.decoder, f_hat, self.image_size, self.grad_checkpoint, self.post_quant)
 
     @torch.no_grad()
     def decode_states(self, tokens):
@@ -468,7 +501,8 @@ class AliasTokenizer(nn.Module):
                  res_blocks=1, beta=0.25, dual=True):
         super().__init__()
         check_sizes(structure.image_size, structure.patch_nums, channel_mult)
-        self.patch_nums, self.beta, self.dual = structure.patch_nums[:-1], beta, dual
+        self.patch_nums, self.beta, self.dual, self.grad_checkpoint = structure.patch_nums[:-1], beta, dual, False
+        self.reduction = 2 ** (len(channel_mult) - 1)
         # pyramid geometry comes from the structure tokenizer; a tuple keeps its weights out of ours
         self._structure = (structure,)
         self.register_buffer('scale', torch.zeros(len(self.patch_nums)))
@@ -493,19 +527,26 @@ class AliasTokenizer(nn.Module):
         return build_pyramid(images, structure.patch_nums, structure.radii, noise, kernel, generator)[2][:-1]
 
     @torch.no_grad()
-    def track_scale(self, views, reduce, decay=0.99):
-        """Follows the standard deviation of every view; `reduce` averages a tensor over the ranks."""
-        now = reduce(torch.stack([view.square().mean() for view in views])).sqrt()
-        self.scale.copy_(torch.where(self.scale == 0, now, decay * self.scale + (1 - decay) * now))
+    def track_scale(self, energy, weight=1.0, decay=0.99):
+        """Follows the standard deviation of every view, given their mean squares (K − 1,); not at all where weight is 0."""
+        followed = torch.where(self.scale == 0, energy.sqrt(), decay * self.scale + (1 - decay) * energy.sqrt())
+        self.scale.copy_(torch.where(torch.as_tensor(weight > 0), followed, self.scale))
 
-    def normalised(self, views):
-        return [view / max(scale, 1e-3) for view, scale in zip(views, self.scale.tolist())]
+    def divisors(self, energy=None):
+        """What each view is divided by, (K − 1,). energy: mean squares of the views, for as long as nothing has been tracked."""
+        scale = self.scale if energy is None else torch.where(self.scale == 0, energy.sqrt(), self.scale)
+        return scale.clamp(min=1e-3)
+
+    def normalised(self, views, energy=None):
+        return [view / divisor for view, divisor in zip(views, self.divisors(energy))]
 
     def features(self, view):
-        return self.encoder(view) if self.dual else self._structure[0].features(view)
+        return in_parts(self.encoder, view, view.shape[-1], self.grad_checkpoint) if self.dual else self._structure[0].features(view)
 
     def decode_features(self, codes):
-        return self.decoder(codes) if self.dual else self._structure[0].decode_features(codes)
+        if not self.dual:
+            return self._structure[0].decode_features(codes)
+        return decode_in_parts(self.decoder, codes, codes.shape[-1] * self.reduction, self.grad_checkpoint)
 
     @torch.no_grad()
     def encode(self, images, generator=None):
@@ -515,8 +556,8 @@ class AliasTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens):
         """Alias token maps → the views Â_k in image units."""
-        return [self.decode_features(self.codebook.maps(token_map)) * max(scale, 1e-3)
-                for token_map, scale in zip(tokens, self.scale.tolist())]
+        return [self.decode_features(self.codebook.maps(token_map)) * divisor
+                for token_map, divisor in zip(tokens, self.divisors())]
 
     def forward(self, views):
         """One training pass over normalised views: (reconstruction loss, VQ loss, tokens, features as seed vectors).
@@ -549,7 +590,7 @@ def build_tokenizers(config):
 
 def load_tokenizers(path, device='cpu'):
     """(StructureTokenizer, AliasTokenizer, checkpoint) as train_tokenizer.py saved them, in eval mode."""
-    checkpoint = load_checkpoint(path, 'tokenizer', device, made_by='train_tokenizer.py')
+    checkpoint = load_checkpoint(path, 'tokenizer', made_by='train_tokenizer.py')
     with blame(path):
         structure, alias = build_tokenizers(checkpoint['config'])
         load_weights(structure, checkpoint['structure'], path)

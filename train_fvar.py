@@ -11,6 +11,7 @@ and fvar.jsonl (the log).
 import math
 import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ distill_warmup = 0              # steps over which both weights rise from 0: at 
 # optimisation
 steps = 400_000                 # optimizer steps (paper)
 batch_size = 256                # pictures a step, over all ranks (paper)
-accumulate = 1                  # forward and backward passes a step, each over batch_size / accumulate pictures
+grad_accum_steps = 1            # forward and backward passes per step, each over batch_size / grad_accum_steps pictures
 lr = 1e-4                       # peak learning rate (paper, at batch 256)
 warmup = 2000                   # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
@@ -63,7 +64,7 @@ log_every = 20                  # steps between log lines
 log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
 compile = False                 # compile the blocks: a minute's wait, then faster steps
-recompute = False               # keep only the inputs of blocks and compute the rest again: a third more work, far less memory
+grad_checkpoint = False         # keep only the inputs of blocks and compute the rest again: a third more work, far less memory
 fsdp = False                    # share weights and optimizer out over the ranks instead of copying them (FSDP2)
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
@@ -71,8 +72,8 @@ seed = 0                        # everything random follows from it
 config = configure(globals())
 
 # settings that a resumed run may change
-MAY_CHANGE = ('init_from', 'out_dir', 'tokenizer', 'tokens', 'data', 'workers', 'steps', 'accumulate', 'eval_every',
-              'eval_pictures', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'recompute', 'device')
+MAY_CHANGE = ('init_from', 'out_dir', 'tokenizer', 'tokens', 'data', 'workers', 'steps', 'grad_accum_steps', 'eval_every',
+              'eval_pictures', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'grad_checkpoint', 'device')
 
 
 class TokenFiles:
@@ -98,15 +99,16 @@ class TokenFiles:
 class Images:
     """The same batches from images, encoded on the way: what runs when there are no token files."""
 
-    def __init__(self, data, structure, alias, dev):
-        self.structure, self.alias, self.dev = structure, alias, dev
+    def __init__(self, data, structure, alias, dev, autocast):
+        self.structure, self.alias, self.dev, self.autocast = structure, alias, dev, autocast
         self.train = open_dataset(data, 'train', structure.image_size)
         self.held_out = open_dataset(data, 'val', structure.image_size, augment=False)
         self.classes = self.train.classes
 
     def encode(self, images, labels):
-        images = normalize(images.to(self.dev))
-        return torch.cat(self.structure.encode(images), 1), torch.cat(self.alias.encode(images), 1), labels
+        images = normalize(runtime.to_device(images, self.dev)).contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            return torch.cat(self.structure.encode(images), 1), torch.cat(self.alias.encode(images), 1), labels
 
     def endless(self, start):
         for batch in batches(self.train, batch_size, seed, runtime.rank(), runtime.world_size(), start, workers):
@@ -117,23 +119,12 @@ class Images:
             yield self.encode(*batch)
 
 
-def open_source(tokenizer_file, structure, alias, trained_on, dev):
+def open_source(tokenizer_file, structure, alias, trained_on, dev, autocast):
     folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
     if os.path.isdir(folder) or tokens:
         return TokenFiles(folder, runtime.digest(structure.state_dict()))
     runtime.say(f'no token files in {folder}: encoding images at every step (encode.py makes this several times faster)')
-    return Images(data or trained_on, structure, alias, dev)
-
-
-def randomness(step, student):
-    """What step `step` draws for this rank's pictures: which labels to drop (B,), stochastic depth (B, 2·depth).
-
-    Drawn for the global batch, so that any number of ranks trains alike, and a function of (seed, step), so that
-    a resumed run needs no saved random state.
-    """
-    generator = runtime.generator(seed, step, 4)
-    dropped = torch.rand(batch_size, generator=generator) < class_dropout
-    return runtime.local_slice(dropped), runtime.local_slice(student.drop_path_factors(batch_size, generator))
+    return Images(data or trained_on, structure, alias, dev, autocast)
 
 
 def token_inputs(structure, structure_tokens):
@@ -155,68 +146,129 @@ def start_from(student, saved, structure):
     runtime.load_weights(student, weights, init_from)
 
 
+# -----------------------------------------------------------------------------
+# a step
+
+def set_up(dev, structure, alias, num_classes, start_weights=None):
+    """All that is trained and what trains it, on a device: a namespace. start_weights: of a finished student or a published one."""
+    run = SimpleNamespace(structure=structure)
+    run.autocast, run.scaler = runtime.precision(dtype, dev)
+    run.network = build_network(structure, alias, num_classes, dev, start_weights).train()
+    run.student = run.network.student
+    run.student.grad_checkpoint = grad_checkpoint
+    if compile:
+        compile_blocks(blocks_of(run.network))
+    if fsdp:
+        runtime.shard(run.network, blocks_of(run.network), dev, runtime.dtype_of(run.autocast))
+    run.optimizer = runtime.adamw(run.network, lr, betas, weight_decay)
+    run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
+    return run
+
+
+def build_network(structure, alias, num_classes, dev, start_weights=None):
+    """Student and teacher; the teacher starts as a copy of the student's last blocks, so the student's weights come first."""
+    student, teacher = build_student(config, structure, num_classes).to(dev), None
+    if start_weights:
+        start_from(student, start_weights, structure)
+    if distill:
+        teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)
+    return FVAR(student, teacher, lambda_feat, lambda_logit)
+
+
+def train_step(run, trained, step, batch):
+    """One optimizer step on this rank's (structure tokens, alias tokens, labels). Returns (loss terms, gradient norm): tensors.
+
+    trained: run.network, inside what averages its gradients over the ranks.
+    """
+    structure_tokens, alias_tokens, labels = batch
+    numbers, student = runtime.sample_numbers(step, batch_size), run.student
+    uniform = runtime.draw(torch.rand, (1 + 2 * len(student.blocks),), numbers, labels.device, seed, 4)
+    labels = torch.where(uniform[:, 0] < class_dropout, student.num_classes, labels)
+    keep, inputs = student.drop_path_factors(uniform[:, 1:]), token_inputs(run.structure, structure_tokens)
+
+    parts = zip(*(t.chunk(grad_accum_steps) for t in (labels, inputs, structure_tokens, alias_tokens, keep)))
+    terms = {}                                              # averaged over the passes
+    for i, part in enumerate(parts):
+        last = i == grad_accum_steps - 1
+        with runtime.without_sync(trained) if not last else nullcontext():
+            with run.autocast():
+                found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
+            run.scaler.scale(found['total'] / grad_accum_steps).backward()
+        terms = {name: terms.get(name, 0) + value.detach() / grad_accum_steps for name, value in found.items()}
+    networks = [part.parameters() for part in run.network.children()]
+    norm, _ = run.safe_step(networks, runtime.learning_rate(step, steps, lr, warmup), terms)
+    return terms, norm
+
+
+def flops_per_image(structure, alias, num_classes):
+    """Of a training step, without what grad_checkpoint computes again."""
+    with torch.device('meta'):
+        network = build_network(structure, alias, num_classes, 'meta')
+        lengths = network.student.lengths
+        tokens, label = torch.empty(1, sum(lengths), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        inputs = torch.empty(1, sum(lengths[1:]), structure.quantizer.codebook.embedding_dim)
+        return runtime.count_flops(lambda: network(label, inputs, tokens, tokens[:, :sum(lengths[:-1])])['total'].backward())
+
+
 @torch.no_grad()
-def validate(network, source, structure, dev, autocast):
-    """Held-out loss terms averaged over pictures, in nats a token; 'ce_per_map' for each token map; bits an image.
+def validate(run, batches, dev):
+    """Held-out loss terms averaged over pictures, in nats per token; 'ce_per_map' for each token map; bits an image.
 
     Every rank does all of it: against eval_every steps of training that is nothing, and no rank has to wait.
     """
-    network.eval()
+    run.network.eval()
     sums, count = {}, 0
-    for structure_tokens, alias_tokens, labels in source.validation(eval_pictures, 100):
-        structure_tokens, alias_tokens, labels = structure_tokens.to(dev), alias_tokens.to(dev), labels.to(dev)
-        with autocast():
-            terms = network(labels, token_inputs(structure, structure_tokens), structure_tokens, alias_tokens)
+    for batch in batches:
+        structure_tokens, alias_tokens, labels = (runtime.to_device(t, dev) for t in batch)
+        with run.autocast():
+            terms = run.network(labels, token_inputs(run.structure, structure_tokens), structure_tokens, alias_tokens)
         sums = {name: sums.get(name, 0) + value.float() * len(labels) for name, value in terms.items()}
         count += len(labels)
-    network.train()
+    run.network.train()
     per_map = (sums.pop('per_map') / count).tolist()
-    bits = sum(ce * p * p for ce, p in zip(per_map, structure.patch_nums)) / math.log(2)
+    bits = sum(ce * p * p for ce, p in zip(per_map, run.structure.patch_nums)) / math.log(2)
     return {name: value.item() / count for name, value in sums.items()} | {'ce_per_map': per_map, 'bits_an_image': bits}
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+def resume(run, state_file):
+    """Takes up a stopped run; returns (step, figures) of its checkpoint."""
+    saved = runtime.load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py')
+    runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    runtime.load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
+    run.scaler.load_state_dict(saved['scaler'])
+    run.safe_step.load_state_dict(saved['safe_step'])
+    return saved['step'], saved['figures']
 
 
 def main():
     dev = runtime.start(device, seed)
-    autocast, scaler = runtime.precision(dtype, dev)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
     runtime.require_shares(config, 'class_dropout', 'drop_path')
-    runtime.share_of_batch(batch_size, accumulate)          # says so at once if it does not divide
+    at_once = runtime.share_of_batch(batch_size, grad_accum_steps)      # says so at once if it does not divide
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, stage1 = load_tokenizers(tokenizer_file, dev)
     structure.requires_grad_(False)
-    source = open_source(tokenizer_file, structure, alias, stage1['config']['data'], dev)
+    autocast, _ = runtime.precision(dtype, dev)
+    source = open_source(tokenizer_file, structure, alias, stage1['config']['data'], dev, autocast)
 
-    student = build_student(config, structure, len(source.classes)).to(dev)
+    start_weights = None
     if init_from not in ('scratch', 'resume', 'auto'):
         if not os.path.isfile(init_from):
             raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a student.pt or a published transformer')
-        start_from(student, runtime.read_weights(init_from, dev), structure)
-    teacher = None
-    if distill:
-        teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)
-    network = FVAR(student, teacher, lambda_feat, lambda_logit).train()
-    student.recompute = recompute
-    if compile:
-        compile_blocks(blocks_of(network))
-    if fsdp:
-        runtime.shard(network, blocks_of(network), dev)
-    optimizer = runtime.adamw(network, lr, betas, weight_decay)
-    safe_step = runtime.SafeStep(optimizer, scaler, grad_clip)
-
+        start_weights = runtime.read_weights(init_from)
+    run = set_up(dev, structure, alias, len(source.classes), start_weights)
     step, figures, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
     if runtime.resumes(init_from, state_file):
-        saved = runtime.load_checkpoint(state_file, 'fvar training', dev, made_by='train_fvar.py')
-        runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
-        runtime.load_training_state(network, optimizer, saved['network'], saved['optimizer'], state_file)
-        scaler.load_state_dict(saved['scaler'])
-        safe_step.load_state_dict(saved.get('safe_step', {}))
-        torch.set_rng_state(saved['random_state'].cpu())
-        step, figures = saved['step'], saved.get('figures', {})
+        step, figures = resume(run, state_file)
+    student, teacher = run.network.student, run.network.teacher
     runtime.say(f'student {count_parameters(student):.2f}M' + (f', teacher {count_parameters(teacher):.2f}M' if distill else '')
                 + f', {len(source.train)} pictures of {sum(student.lengths)} tokens, {len(source.classes)} classes')
 
     def save(figures):
-        weights, optimizer_state = runtime.training_state(network, optimizer)
+        weights, optimizer_state = runtime.training_state(run.network, run.optimizer)
         if runtime.rank() == 0:
             common = {'config': config, 'step': step, 'figures': figures, 'tokenizer': runtime.digest(structure.state_dict())}
             runtime.save_checkpoint(f'{out_dir}/student.pt', {
@@ -224,54 +276,46 @@ def main():
                 'student': {name.removeprefix('student.'): w for name, w in weights.items() if name.startswith('student.')}})
             runtime.save_checkpoint(state_file, {
                 'kind': 'fvar training', **common, 'network': weights, 'optimizer': optimizer_state,
-                'scaler': scaler.state_dict(), 'safe_step': safe_step.state_dict(), 'random_state': torch.get_rng_state()})
+                'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict()})
         runtime.barrier()
 
-    trained = runtime.parallel(network, dev)
+    trained = runtime.parallel(run.network, dev)
     log = runtime.Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', scale=batch_size)
     supply = runtime.Waiting(source.endless(step))
-    saving = runtime.Saving(save_every, save_seconds, dev)
+    saving = runtime.Saving(save_every, save_seconds)
+    speed = runtime.Speed(batch_size, flops_per_image(structure, alias, len(source.classes)), runtime.peak_flops(dev, autocast))
+    speed.start(step)
     while step < steps:
-        structure_tokens, alias_tokens, labels = (t.to(dev, non_blocking=True) for t in next(supply))
-        dropped, keep = (t.to(dev) for t in randomness(step, student))
-        labels = torch.where(dropped, student.num_classes, labels)
-        inputs = token_inputs(structure, structure_tokens)
-
-        parts = zip(*(t.chunk(accumulate) for t in (labels, inputs, structure_tokens, alias_tokens, keep)))
-        terms = {}                                          # averaged over the parts
-        for i, part in enumerate(parts):
-            last = i == accumulate - 1
-            with runtime.without_sync(trained) if not last else nullcontext():
-                with autocast():
-                    found = trained(*part, trust=min(1.0, (step + 1) / max(1, distill_warmup)))
-                scaler.scale(found['total'] / accumulate).backward()
-            terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
-        norm = safe_step([part.parameters() for part in network.children()], runtime.learning_rate(step, steps, lr, warmup), terms)
+        batch = [runtime.to_device(t, dev) for t in next(supply)]
+        terms, norm = train_step(run, trained, step, batch)
         step += 1
         bar.update()
 
         if step % log_every == 0 or step == steps:
             per_map = runtime.all_reduce(terms.pop('per_map'), average=True)
             means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm, skipped=safe_step.skipped, spikes=safe_step.spikes)
+            log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm.item(), skipped=run.safe_step.check(),
+                lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             bar.set_postfix(ce=f'{means["ce"]:.3f}', **({'teacher': f'{means["teacher_ce"]:.3f}'} if distill else {}))
         if step % eval_every == 0 or step == steps:
-            figures = validate(network, source, structure, dev, autocast)
+            figures = validate(run, source.validation(eval_pictures, at_once), dev)
             log(step=step - 1, **{f'val_{name}': value for name, value in figures.items()})
             runtime.say(f'step {step}: held-out cross-entropy {figures["ce"]:.3f} ({figures["bits_an_image"]:.0f} bits an image), '
                         'per token map ' + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map'])
                         + (f'; teacher {figures["teacher_ce"]:.3f}, kl {figures["kl"]:.4f}' if distill else ''))
+            speed.start(step)
         if saving.due(step, steps):
             save(figures)
             saving.stop_if_asked(step)
+            speed.start(step)
     saving.end()
     bar.close()
     runtime.say(f'wrote {out_dir}/student.pt; waited for data {supply.share():.1%} of the time')
 
 
 def blocks_of(network):
-    """The blocks of student and teacher: what is compiled, recomputed and shared out piece by piece."""
+    """The blocks of student and teacher: what is compiled, computed again and shared out piece by piece."""
     return [*network.student.blocks, *(network.teacher.blocks if network.teacher else ())]
 
 

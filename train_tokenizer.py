@@ -7,9 +7,11 @@
 Writes to out_dir: tokenizer.pt (what the later stages read), tokenizer_state.pt (for resuming),
 tokenizer.jsonl (the log) and tokenizer.png (held-out pictures: what a focus state should be, what it decodes to).
 """
-import math
+import copy
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from metrics import psnr
 from model import fill_official_tokenizer
 from pictures import picture_grid, save_png
 from pyramid import defocus, psf
-from tokenizer import build_tokenizers
+from tokenizer import build_tokenizers, compile_convolutions
 
 # input and output
 out_dir = 'out'                 # everything is written here
@@ -65,7 +67,8 @@ reseed_until = 0.8              # share of the run after which codes are left al
 dead_below = 0.03               # a code used less than this share of an even share is dead
 # optimisation
 steps = 100_000                 # optimizer steps (paper); 0 writes the tokenizers as init_from gives them
-batch_size = 256                # images a step, over all ranks
+batch_size = 256                # images per step, over all ranks
+grad_accum_steps = 1            # forward and backward passes per step, each over batch_size / grad_accum_steps images
 lr = 1e-4                       # peak learning rate
 warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's averages
@@ -79,11 +82,16 @@ save_seconds = 1800.0           # and seconds, whichever is first; 0: steps alon
 log_every = 20                  # steps between log lines
 log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
-recompute = False               # keep nothing inside Q_L for the backward pass: a third more work, a fraction of the memory
+compile = False                 # compile encoders and decoders: minutes of waiting, then faster steps
+grad_checkpoint = False         # keep nothing inside encoders and decoders for the backward pass: a third more work, far less memory
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # everything random follows from it
 config = configure(globals())
+
+# settings that a resumed run may change
+MAY_CHANGE = ('init_from', 'out_dir', 'steps', 'workers', 'grad_accum_steps', 'eval_every', 'eval_images', 'save_every', 'save_seconds',
+              'log_every', 'log_to', 'compile', 'grad_checkpoint', 'device')
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -111,7 +119,11 @@ def load_lpips(dev):
             if not os.path.isfile(os.path.join(folder, os.path.basename(url)))]
     if urls:
         raise UserError(f'LPIPS needs {" and ".join(urls)} in {folder}; or run with --lambda_lpips=0')
-    return SampleSimilarityLPIPS('lpips').to(dev)
+    network = SampleSimilarityLPIPS('lpips').to(dev)
+    # its normalize() sends two constants to the GPU for every picture; it is affine, so two values of it say all
+    zero, one = network.normalize(torch.zeros(1, 3, 1, 1, device=dev)), network.normalize(torch.ones(1, 3, 1, 1, device=dev))
+    network.normalize = lambda pictures: zero + (one - zero) * pictures.float()
+    return network
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -136,32 +148,139 @@ def discriminator_loss(discriminator, real, fake):
     return 0.5 * (F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake.detach())).mean())
 
 
-def reseed_dead_codes(structure, alias, residuals, alias_vectors, step):
-    """Gives dead codes of both codebooks a new start on this step's residuals, the same on every rank."""
-    replaced = []
-    jobs = [(structure.quantizer.codebook, residuals, 1)] + ([(alias.codebook, alias_vectors, 2)] if alias.dual else [])
-    for codebook, maps, stream in jobs:
-        vectors = [runtime.gather(r.flatten(2).transpose(1, 2).contiguous()).flatten(0, 1) for r in maps]
-        replaced.append(codebook.reseed(vectors, runtime.generator(seed, step, 30 + stream), dead_below))
-    return replaced
+# -----------------------------------------------------------------------------
+# a step
+
+def set_up(dev):
+    """All that is trained and what trains it, on a device: a namespace."""
+    run = SimpleNamespace()
+    run.autocast, run.scaler = runtime.precision(dtype, dev)
+    run.structure, run.alias = (tokenizer.to(dev, memory_format=torch.channels_last) for tokenizer in build_tokenizers(config))
+    run.structure.grad_checkpoint = run.alias.grad_checkpoint = grad_checkpoint
+    run.lpips = load_lpips(dev) if lambda_lpips else None
+    run.discriminator = PatchDiscriminator(gan_channels).to(dev, memory_format=torch.channels_last) if lambda_gan else nn.Module()
+    run.networks = nn.ModuleDict({'structure': run.structure, 'alias': run.alias, 'discriminator': run.discriminator})
+    runtime.broadcast_weights(run.networks)
+    run.tokenizers = nn.ModuleList([run.structure, run.alias])
+    run.optimizer = runtime.adamw(run.tokenizers, lr, betas, weight_decay)
+    run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay) if lambda_gan else None
+    run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
+    if compile:
+        compile_convolutions(run.tokenizers)
+    return run
+
+
+def losses(run, images, noise, step):
+    """One forward pass of both tokenizers: (loss, its terms by name, what codebooks and discriminator learn from)."""
+    structure, alias, state = run.structure, run.alias, -1
+    if pyramid == 'focus' and lambda_focus:
+        state = torch.randint(len(patch_nums) - 1, (1,), generator=runtime.generator(seed, step, 2), device='cpu').item()
+    views = alias.views(images, noise)
+    energy = runtime.all_reduce(torch.stack([view.square().mean() for view in views]), average=True)
+    if step < warm_start:
+        picture, state_picture, vq, tokens, residuals = structure.autoencode(images), None, images.new_zeros(()), [], []
+    else:
+        picture, state_picture, vq, tokens, residuals = structure(images, noise, state)
+    alias_l2, alias_vq, alias_tokens, alias_vectors = alias(alias.normalised(views, energy))
+    terms = reconstruction_terms(images, picture, state_picture, state, structure, run.lpips)
+    terms |= {'vq': vq, 'alias_l2': alias_l2, 'alias_vq': alias_vq}
+    reconstruction = terms['l1'] + terms['l2'] + lambda_lpips * terms.get('lpips', 0)
+    loss = reconstruction + lambda_focus * terms.get('focus', 0) + vq + alias_l2 + alias_vq
+    if lambda_gan and step >= gan_start:
+        terms['gan'] = -run.discriminator(picture).mean()
+        weight = adaptive_weight(reconstruction, terms['gan'], structure.decoder.conv_out.weight)
+        loss = loss + lambda_gan * weight * terms['gan']
+    return loss, terms, {'pictures': [picture.detach()], 'energy': [energy], 'tokens': tokens, 'residuals': residuals,
+                         'alias_tokens': alias_tokens, 'alias_vectors': alias_vectors}
+
+
+def train_step(run, step, images):
+    """One optimizer step on this rank's images (b, 3, S, S). Returns (loss terms by name, gradient norm), all of them tensors."""
+    numbers, at_once = runtime.sample_numbers(step, batch_size), len(images) // grad_accum_steps
+    terms, seen = {}, []
+    for i, part in enumerate(images.split(at_once)):
+        noise = runtime.noise_of(numbers[i * at_once:(i + 1) * at_once], images.device, seed, 1)
+        with run.autocast():
+            loss, found, saw = losses(run, part, noise, step)
+        run.scaler.scale(loss / grad_accum_steps).backward()
+        terms = {name: terms.get(name, 0) + value.detach() / grad_accum_steps for name, value in found.items()}
+        seen.append(saw)
+    runtime.average_gradients(run.tokenizers)
+    networks = [run.structure.parameters(), run.alias.parameters()]
+    norm, finite = run.safe_step(networks, runtime.learning_rate(step, steps, lr, warmup), terms)
+    if lambda_gan and step >= gan_start:
+        terms['discriminator'] = discriminator_step(run, images.split(at_once), [saw['pictures'][0] for saw in seen], finite)
+    update_codebooks(run, seen, finite, step)
+    return terms, norm
+
+
+def discriminator_step(run, reals, fakes, finite):
+    """The other player's turn; it stays as it is where the tokenizers' step was not finite. Returns its loss."""
+    run.gan_optimizer.zero_grad(set_to_none=True)           # drops what the generator's loss left there
+    total = 0
+    for real, fake in zip(reals, fakes):
+        with run.autocast():
+            loss = discriminator_loss(run.discriminator, real, fake) / len(fakes)
+        loss.backward()
+        total = total + loss.detach()
+    runtime.average_gradients(run.discriminator)
+    run.gan_optimizer.found_inf = (~finite).float()
+    run.gan_optimizer.step()
+    return total
 
 
 @torch.no_grad()
-def validate(structure, alias, images):
-    """Held-out figures: PSNR of the picture and of every focus state (dB), perplexity of every token map, and the
-    share of the alias views' energy that Q_A fails to reproduce (0 of an empty view)."""
-    tokens = structure.encode(images)
-    states = structure.decode_states(tokens)
-    wanted = [defocus(images, radius, structure.kernel) for radius in structure.radii]
-    views = alias.views(images)
-    energies = [view.square().mean().item() for view in views]
-    missed = [F.mse_loss(ours, view).item() / energy if energy > 1e-8 else 0.0      # less is rounding
-              for ours, view, energy in zip(alias.decode(alias.encode(images)), views, energies)]
-    counts = [torch.bincount(t.flatten(), minlength=structure.quantizer.codebook.num_embeddings).float() for t in tokens]
-    used = [(c > 0).sum().item() for c in counts]
-    return {'psnr': psnr(states[-1], images), 'psnr_states': [psnr(a, b) for a, b in zip(states, wanted)],
-            'perplexity': structure.quantizer.codebook.perplexity().tolist(), 'codes_used': used,
-            'alias_perplexity': alias.codebook.perplexity().tolist() if alias.dual else [], 'alias_missed': missed}
+def update_codebooks(run, seen, finite, step):
+    """Counts the codes of a step, follows the scale of the alias views, gives dead codes a new start, the same on every rank.
+
+    seen: what losses() saw in each pass. finite: a tensor; where it is false nothing changes.
+    """
+    def of_maps(name):                                      # of each token map, all passes
+        return [torch.cat(passes) for passes in zip(*(saw[name] for saw in seen))]
+
+    run.alias.track_scale(torch.stack([saw['energy'][0] for saw in seen]).mean(0), finite)
+    jobs = [(run.structure.quantizer.codebook, 'tokens', 'residuals')] if step >= warm_start else []
+    jobs += [(run.alias.codebook, 'alias_tokens', 'alias_vectors')] if run.alias.dual else []
+    reseed = step >= warm_start and reseed_every and (step - warm_start) % reseed_every == 0 and step < reseed_until * steps
+    for i, (codebook, tokens, vectors) in enumerate(jobs):
+        codebook.count(runtime.all_reduce(codebook.histogram(of_maps(tokens))), finite)
+        if reseed:
+            found = [runtime.gather(v.flatten(2).transpose(1, 2).contiguous()).flatten(0, 1) for v in of_maps(vectors)]
+            codebook.reseed(found, runtime.generator(seed, step, 31 + i), dead_below, finite)
+
+
+def flops_per_image(run):
+    """Of a training step, without what grad_checkpoint computes again."""
+    meta = SimpleNamespace(lpips=copy.deepcopy(run.lpips))
+    if meta.lpips:
+        meta.lpips.normalize = lambda pictures: pictures.float()
+        meta.lpips.to('meta')
+    with torch.device('meta'):
+        meta.structure, meta.alias = build_tokenizers(config)
+        meta.discriminator = PatchDiscriminator(gan_channels)
+        image = torch.empty(1, 3, image_size, image_size)
+        return runtime.count_flops(lambda: (losses(meta, image, None, steps)[0] + lambda_gan * discriminator_loss(
+            meta.discriminator, image, image)).backward())
+
+
+@torch.no_grad()
+def validate(structure, alias, images, at_once, dev):
+    """Held-out figures of uint8 images: PSNR of the picture and of every focus state (dB), perplexity of every token map, and
+    the share of the alias views' energy that Q_A fails to reproduce (0 of an empty view)."""
+    decibels, energies, missed, hits = 0, 0, 0, 0
+    for part in images.split(at_once):
+        x = normalize(runtime.to_device(part, dev))
+        tokens, views = structure.encode(x), alias.views(x)
+        wanted = [defocus(x, radius, structure.kernel) for radius in structure.radii]
+        decibels += len(part) * np.array([psnr(a, b) for a, b in zip(structure.decode_states(tokens), wanted)])
+        energies += len(part) * np.array([view.square().mean().item() for view in views])
+        missed += len(part) * np.array([F.mse_loss(*pair).item() for pair in zip(alias.decode(alias.encode(x)), views)])
+        hits += structure.quantizer.codebook.histogram(tokens)
+    real = energies > 1e-8 * len(images)                    # less is rounding
+    return {'psnr': decibels[-1] / len(images), 'psnr_states': (decibels / len(images)).tolist(),
+            'perplexity': structure.quantizer.codebook.perplexity().tolist(), 'codes_used': (hits > 0).sum(1).tolist(),
+            'alias_perplexity': alias.codebook.perplexity().tolist() if alias.dual else [],
+            'alias_missed': np.where(real, missed / np.where(real, energies, 1), 0.0).tolist()}
 
 
 def collapsed(perplexity, tokens_a_step):
@@ -180,44 +299,45 @@ def draw(structure, images, path):
     save_png(path, picture_grid(torch.stack(rows), len(states)))
 
 
-def main():
-    dev = runtime.start(device, seed)
-    autocast, scaler = runtime.precision(dtype, dev)
+def check_settings():
+    """UserError for settings that make no sense."""
     runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'code_width', 'channels',
                              'res_blocks', 'phis', 'alias_vocab_size', 'alias_code_width', 'alias_channels', 'alias_res_blocks',
                              'gan_channels')
     if len(patch_nums) < 2:
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
-    runtime.share_of_batch(batch_size)                      # says so at once if it does not divide
+    runtime.share_of_batch(batch_size, grad_accum_steps)    # says so at once if it does not divide
+
+
+def resume(run, state_file):
+    """Takes up a stopped run; returns (step, figures) of its checkpoint."""
+    saved = runtime.load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py')
+    runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    for name, network in run.networks.items():
+        runtime.load_weights(network, saved[name], state_file)
+    runtime.load_optimizer(run.optimizer, saved['optimizer'])
+    if run.gan_optimizer:
+        runtime.load_optimizer(run.gan_optimizer, saved['gan_optimizer'])
+    run.scaler.load_state_dict(saved['scaler'])
+    run.safe_step.load_state_dict(saved['safe_step'])
+    return saved['step'], saved['figures']
+
+
+def main():
+    dev = runtime.start(device, seed)
+    check_settings()
     train, held_out = open_dataset(data, 'train', image_size), open_dataset(data, 'val', image_size, augment=False)
-    validation = normalize(next(in_order(held_out, eval_images, count=eval_images))[0]).to(dev)
+    validation = next(in_order(held_out, eval_images, count=eval_images))[0]
 
-    structure, alias = (tokenizer.to(dev, memory_format=torch.channels_last) for tokenizer in build_tokenizers(config))
-    structure.recompute = recompute
-    lpips = load_lpips(dev) if lambda_lpips else None
-    discriminator = PatchDiscriminator(gan_channels).to(dev) if lambda_gan else nn.Module()
-    networks = nn.ModuleDict({'structure': structure, 'alias': alias, 'discriminator': discriminator})
-    tokenizers = nn.ModuleList([structure, alias])
-    optimizer = runtime.adamw(tokenizers, lr, betas, weight_decay)
-    gan_optimizer = runtime.adamw(discriminator, lr, betas, weight_decay) if lambda_gan else None
-    safe_step = runtime.SafeStep(optimizer, scaler, grad_clip)
-
+    run = set_up(dev)
+    structure, alias = run.structure, run.alias
     step, figures, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
     if runtime.resumes(init_from, state_file):
-        saved = runtime.load_checkpoint(state_file, 'tokenizer training', dev, made_by='train_tokenizer.py')
-        runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
-        for name, network in networks.items():
-            runtime.load_weights(network, saved[name], state_file)
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
-        safe_step.load_state_dict(saved.get('safe_step', {}))
-        if gan_optimizer:
-            gan_optimizer.load_state_dict(saved['gan_optimizer'])
-        step, figures = saved['step'], saved.get('figures', {})
+        step, figures = resume(run, state_file)
     elif init_from not in ('scratch', 'auto'):
         if not os.path.isfile(init_from):
             raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto or a published tokenizer')
-        fill_official_tokenizer(structure, runtime.read_weights(init_from, dev))
+        fill_official_tokenizer(structure, runtime.read_weights(init_from))
     runtime.say(f'structure tokenizer {millions(structure)}, alias tokenizer {millions(alias)}, {len(train)} images of '
                 f'{len(train.classes)} classes, radii ' + ' '.join(f'{r:.2g}' for r in structure.radii))
     sharp = [k + 1 for k, radius in enumerate(structure.radii[:-1]) if psf(radius, structure.kernel).numel() == 1]
@@ -227,14 +347,14 @@ def main():
 
     def save(figures):
         if runtime.rank() == 0:
-            weights = {name: network.state_dict() for name, network in networks.items()}
+            weights = {name: network.state_dict() for name, network in run.networks.items()}
             runtime.save_checkpoint(f'{out_dir}/tokenizer.pt', {
                 'kind': 'tokenizer', 'config': config, 'step': step, 'figures': figures, 'classes': train.classes,
                 'structure': weights['structure'], 'alias': weights['alias']})
             runtime.save_checkpoint(state_file, {
                 'kind': 'tokenizer training', 'config': config, 'step': step, 'figures': figures, **weights,
-                'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'safe_step': safe_step.state_dict(),
-                'gan_optimizer': gan_optimizer.state_dict() if gan_optimizer else {}})
+                'optimizer': run.optimizer.state_dict(), 'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict(),
+                'gan_optimizer': run.gan_optimizer.state_dict() if run.gan_optimizer else {}})
         runtime.barrier()
 
     if steps == 0:
@@ -242,80 +362,38 @@ def main():
     log = runtime.Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
     supply = runtime.Waiting(batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers))
-    saving = runtime.Saving(save_every, save_seconds, dev)
+    saving = runtime.Saving(save_every, save_seconds)
+    speed = runtime.Speed(batch_size, flops_per_image(run) if step < steps else 0, runtime.peak_flops(dev, run.autocast))
+    speed.start(step)
     while step < steps:
-        images = normalize(next(supply)[0].to(dev)).contiguous(memory_format=torch.channels_last)
-        noise_of = runtime.shared_noise(runtime.generator(seed, step, 1))
-        state = -1
-        if pyramid == 'focus' and lambda_focus:
-            state = torch.randint(len(patch_nums) - 1, (1,), generator=runtime.generator(seed, step, 2)).item()
-
-        # both tokenizers, forwards
-        alias_views = alias.views(images, noise_of)
-        alias.track_scale(alias_views, lambda t: runtime.all_reduce(t, average=True))
-        with autocast():
-            if step < warm_start:
-                picture, state_picture, vq, tokens, residuals = structure.autoencode(images), None, images.new_zeros(()), [], []
-            else:
-                picture, state_picture, vq, tokens, residuals = structure(images, noise_of, state)
-            alias_l2, alias_vq, alias_tokens, alias_vectors = alias(alias.normalised(alias_views))
-            terms = reconstruction_terms(images, picture, state_picture, state, structure, lpips)
-            terms |= {'vq': vq, 'alias_l2': alias_l2, 'alias_vq': alias_vq}
-            reconstruction = terms['l1'] + terms['l2'] + lambda_lpips * terms.get('lpips', 0)
-            loss = reconstruction + lambda_focus * terms.get('focus', 0) + vq + alias_l2 + alias_vq
-            if lambda_gan and step >= gan_start:
-                terms['gan'] = -discriminator(picture).mean()
-                weight = adaptive_weight(reconstruction, terms['gan'], structure.decoder.conv_out.weight)
-                loss = loss + lambda_gan * weight * terms['gan']
-
-        # and backwards
-        scaler.scale(loss).backward()
-        runtime.average_gradients(tokenizers)
-        norm = safe_step([structure.parameters(), alias.parameters()], runtime.learning_rate(step, steps, lr, warmup), terms)
-        finite = math.isfinite(norm)                        # else the step was skipped, and nothing else may learn from it
-        if finite and lambda_gan and step >= gan_start:
-            gan_optimizer.zero_grad(set_to_none=True)       # drops what the generator's loss left there
-            with autocast():
-                terms['discriminator'] = discriminator_loss(discriminator, images, picture)
-            terms['discriminator'].backward()
-            runtime.average_gradients(discriminator)
-            gan_optimizer.step()
-
-        # codebook health
-        if finite and tokens:
-            structure.quantizer.codebook.count(tokens, runtime.all_reduce)
-        if finite and alias.dual:
-            alias.codebook.count(alias_tokens, runtime.all_reduce)
-        if finite and tokens and reseed_every and (step - warm_start) % reseed_every == 0 and step < reseed_until * steps:
-            reseed_dead_codes(structure, alias, residuals, alias_vectors, step)
+        images = normalize(runtime.to_device(next(supply)[0], dev)).contiguous(memory_format=torch.channels_last)
+        terms, norm = train_step(run, step, images)
         step += 1
         bar.update()
 
         if step % log_every == 0 or step == steps:
             means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm, skipped=safe_step.skipped, spikes=safe_step.spikes)
+            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(),
+                lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             bar.set_postfix(loss=f'{means["l1"] + means["l2"]:.4f}', vq=f'{means["vq"]:.3f}')
         if step > warm_start and step % eval_every == 0 or step == steps:
-            figures = validate(structure.eval(), alias, validation)
+            figures = validate(structure, alias, validation, runtime.share_of_batch(batch_size, grad_accum_steps), dev)
             log(step=step - 1, **{f'val_{name}': value for name, value in figures.items()})
             runtime.say(f'step {step}: PSNR {figures["psnr"]:.2f} dB, focus states {brief(figures["psnr_states"])}, '
                         f'perplexity {brief(figures["perplexity"], 0)}, alias missed {brief(figures["alias_missed"], 2)}')
             bad = collapsed(figures['perplexity'], [batch_size * p * p for p in patch_nums])
             if bad:
                 runtime.say(f'warning: token maps {bad} use almost no codes; raise batch_size, reseed_until or lambda_focus')
+            speed.start(step)
         if saving.due(step, steps):
             save(figures)
             saving.stop_if_asked(step)
+            speed.start(step)
     saving.end()
     bar.close()
     if runtime.rank() == 0:
-        draw(structure, validation[:8], f'{out_dir}/tokenizer.png')
+        draw(structure, normalize(validation[:8].to(dev)), f'{out_dir}/tokenizer.png')
         runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png; waited for data {supply.share():.1%} of the time')
-
-
-# settings that a resumed run may change
-MAY_CHANGE = ('init_from', 'out_dir', 'steps', 'workers', 'eval_every', 'eval_images', 'save_every', 'save_seconds', 'log_every',
-              'log_to', 'recompute', 'device')
 
 
 def brief(numbers, digits=1):

@@ -2,4 +2,4 @@
 out_dir = 'out-d16_1024'
 tokenizer = 'out-tokenizer_1024/tokenizer.pt'
 depth = 16
-recompute, fsdp, accumulate = True, True, 4      # 10,521 tokens a picture
+grad_checkpoint, fsdp, grad_accum_steps = True, True, 4      # 10,521 tokens a picture

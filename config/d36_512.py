@@ -3,4 +3,4 @@ out_dir = 'out-d36_512'
 tokenizer = 'out-tokenizer_512/tokenizer.pt'
 depth = 36
 shared_aln = True                   # as VAR's 512-px model: one AdaLN projection instead of 36
-recompute, fsdp = True, True
+grad_checkpoint, fsdp = True, True

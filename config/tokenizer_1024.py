@@ -6,7 +6,7 @@ workers = 8
 if script == 'train_tokenizer':
     image_size, patch_nums = 1024, (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
     lambda_lpips, lambda_gan, gan_start = 1.0, 0.5, 20_000
-    recompute, betas = True, (0.5, 0.9)
+    grad_checkpoint, betas = True, (0.5, 0.9)
 
 if script == 'encode':
     crops = 10

@@ -6,7 +6,7 @@ workers = 8                         # of each rank
 if script == 'train_tokenizer':
     lambda_lpips = 1.0
     lambda_gan, gan_start = 0.5, 20_000     # the discriminator joins when reconstructions are no longer blobs
-    recompute = True                        # ten focus states of each picture go through the encoder
+    grad_checkpoint = True                        # ten focus states of each picture go through the encoder
     betas = (0.5, 0.9)                      # short averages: the two networks chase each other
 
 if script == 'encode':

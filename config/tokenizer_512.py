@@ -6,7 +6,7 @@ workers = 8
 if script == 'train_tokenizer':
     image_size, patch_nums = 512, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
     lambda_lpips, lambda_gan, gan_start = 1.0, 0.5, 20_000
-    recompute, betas = True, (0.5, 0.9)
+    grad_checkpoint, betas = True, (0.5, 0.9)
 
 if script == 'encode':
     crops = 10

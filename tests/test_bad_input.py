@@ -387,9 +387,9 @@ def test_a_full_disk_is_one_line_and_status_1(copies, monkeypatch, case):
 
 
 @pytest.mark.parametrize('script, error, message', [
-    ('train_tokenizer', torch.OutOfMemoryError('tried'), 'out of GPU memory: lower --batch_size or --image_size or set --recompute=True'),
-    ('train_fvar', torch.OutOfMemoryError('tried'), 'out of GPU memory: raise --accumulate (now 1) or set --recompute=True'),
-    ('train_fvar', RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'), 'out of memory: raise --accumulate'),
+    ('train_tokenizer', torch.OutOfMemoryError('tried'), 'out of GPU memory: lower --batch_size or --image_size or set --grad_checkpoint=True'),
+    ('train_fvar', torch.OutOfMemoryError('tried'), 'out of GPU memory: raise --grad_accum_steps (now 1) or set --grad_checkpoint=True'),
+    ('train_fvar', RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'), 'out of memory: raise --grad_accum_steps'),
     ('sample', torch.OutOfMemoryError('tried'), 'out of GPU memory: lower --batch_size'),
     ('encode', MemoryError(), 'out of memory: lower --batch_size'),
 ], ids=str)

@@ -432,7 +432,7 @@ BAD = {
                                 'tokenizer_state.pt was made with image_size=32, this run has 16'),
     'image size that does not fit': ('train_tokenizer', '--image_size=48', None, 'image_size=48 does not fit patch_nums ending in 8'),
     'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
-    'batch that does not divide': ('train_fvar', '--batch_size=7 --accumulate=2', None, 'batch_size=7 is not a multiple of'),
+    'batch that does not divide': ('train_fvar', '--batch_size=7 --grad_accum_steps=2', None, 'batch_size=7 is not a multiple of'),
     'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere': no such folder; data is 'charts' or a folder with train/<class>/"),
     'no such class': ('sample', '--classes=4', None, '--class and --classes: 4 is no class; this student knows 0 to 3'),
     'photo without a mask': ('sample', '--edit=brick', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),

@@ -39,16 +39,16 @@ def one_line(error):
 # ranks
 
 def test_a_batch_is_shared_evenly(monkeypatch):
-    assert share_of_batch(12) == 12 and share_of_batch(12, accumulate=3) == 4
+    assert share_of_batch(12) == 12 and share_of_batch(12, grad_accum_steps=3) == 4
     monkeypatch.setenv('WORLD_SIZE', '4')
-    assert share_of_batch(24) == 6 and share_of_batch(24, accumulate=2) == 3
+    assert share_of_batch(24) == 6 and share_of_batch(24, grad_accum_steps=2) == 3
 
 
-@pytest.mark.parametrize('ranks, batch_size, accumulate', [(4, 10, 1), (2, 4, 4), (1, 9, 2), (1, 0, 1), (1, 4, 0), (1, -4, 1)])
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch, ranks, batch_size, accumulate):
+@pytest.mark.parametrize('ranks, batch_size, grad_accum_steps', [(4, 10, 1), (2, 4, 4), (1, 9, 2), (1, 0, 1), (1, 4, 0), (1, -4, 1)])
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, ranks, batch_size, grad_accum_steps):
     monkeypatch.setenv('WORLD_SIZE', str(ranks))
-    with pytest.raises(UserError, match=f'batch_size={batch_size} .*{ranks} ranks × accumulate={accumulate}') as error:
-        share_of_batch(batch_size, accumulate)
+    with pytest.raises(UserError, match=f'batch_size={batch_size} .*{ranks} ranks × grad_accum_steps={grad_accum_steps}') as error:
+        share_of_batch(batch_size, grad_accum_steps)
     assert one_line(error)
 
 
@@ -685,7 +685,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
 
 def test_out_of_memory_names_the_setting_to_lower(capsys):
     for settings, message in (({'batch_size': 8, 'num_samples': 0}, 'lower --batch_size or --num_samples'),
-                              ({'accumulate': 1, 'recompute': False}, 'raise --accumulate (now 1) or set --recompute=True'),
+                              ({'grad_accum_steps': 1, 'grad_checkpoint': False}, 'raise --grad_accum_steps (now 1) or set --grad_checkpoint=True'),
                               ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size')):
         scope = settings | {'torch': torch}
         exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)

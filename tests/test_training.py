@@ -181,13 +181,13 @@ def test_a_teacher_that_teaches_nothing_leaves_the_student_as_it_is(train, tmp_p
 
 
 def test_two_passes_a_step_are_one(train, stage2, tmp_path):
-    train(accumulate=2)
+    train(grad_accum_steps=2)
     for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
         assert_close(two, one, rel=1e-5, abs=1e-6)
 
 
 def test_recomputed_blocks_give_the_same_run(train, stage2, tmp_path):
-    train(recompute=True)
+    train(grad_checkpoint=True)
     for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
         assert_close(two, one, rel=1e-5, abs=1e-6)
 
@@ -198,7 +198,7 @@ def test_recomputed_blocks_keep_less_for_the_backward_pass(stage1):
     student = build_student(settings_of(train_fvar, STAGE2), structure, 4)
     network, tokens = model.FVAR(student, model.Teacher(student, 16, 1, 1)), torch.zeros(1, sum(student.lengths), dtype=torch.int64)
     sizes = []
-    for student.recompute in (False, True):
+    for student.grad_checkpoint in (False, True):
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda t: kept.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
@@ -210,9 +210,9 @@ def test_recomputed_blocks_keep_less_for_the_backward_pass(stage1):
 
 def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_path):
     """FSDP2 on two ranks, interrupted in between; the deployed file is whole."""
-    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=8, accumulate=2)
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=8, grad_accum_steps=2)
     run(train_fvar, **settings, out_dir=str(tmp_path / 'one'))
-    shared = settings | dict(fsdp=True, recompute=True, out_dir=str(tmp_path / 'two'))
+    shared = settings | dict(fsdp=True, grad_checkpoint=True, out_dir=str(tmp_path / 'two'))
     run_on_two_ranks(train_fvar, **shared | dict(save_every=4))
     for one, two in zip(log_of(tmp_path / 'one', 'fvar'), log_of(tmp_path / 'two', 'fvar')):
         assert_close(one, two, rel=1e-3, abs=1e-6)
