@@ -236,7 +236,7 @@ class VAR(nn.Module):
     def call(self, block, *args, **more):
         """A block's output. With grad_checkpoint only its input is kept for the backward pass, which computes the rest again."""
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, **more)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **more)
         return block(*args, **more)
 
     def hidden(self, labels, inputs, keep=None):

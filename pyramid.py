@@ -14,6 +14,7 @@ writes the photo itself, 3 pixels out of focus (sample.py --refocus takes that b
 Images are float tensors (B, C, S, S) in [−1, 1].
 """
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -109,13 +110,18 @@ def reflect_pad(images, margin):
     return F.pad(images, (margin,) * 4, mode='reflect') if margin else images
 
 
+def in_float32(device):
+    """A context without autocast; the meta device, on which shapes alone are computed, knows none."""
+    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
+
+
 def convolve(images, weight, stride=1):
     """images ⋆ weight at every stride-th pixel, borders reflected: only the pixels that are kept are computed."""
     B, C, H, W = images.shape
     padded = reflect_pad(images, weight.shape[-1] // 2)
     # as the channels of one picture: on CPUs two to five times as fast as B·C pictures of one channel each
     channels, kernels = padded.reshape(1, B * C, *padded.shape[-2:]), weight.to(images).expand(B * C, 1, -1, -1)
-    with torch.autocast(images.device.type, enabled=False):     # bfloat16 would round the picture itself
+    with in_float32(images.device):                         # bfloat16 would round the picture itself
         result = F.conv2d(channels, kernels, stride=stride, groups=B * C)
     return result.reshape(B, C, *result.shape[-2:])
 

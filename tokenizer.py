@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from pyramid import build_pyramid, defocus, focus_radii, noise_levels, noise_like, psf, reflect_pad
+from pyramid import build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like, psf, reflect_pad
 from runtime import blame, load_checkpoint, load_weights, to_device
 
 
@@ -212,7 +212,7 @@ class Codebook(nn.Embedding):
 
     def nearest(self, vectors):
         """(B, C, p, p) → the index of the nearest code, (B, p²) int64. Always in float32: ties must not depend on AMP."""
-        with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        with torch.no_grad(), in_float32(vectors.device):
             z = vectors.float().flatten(2).transpose(1, 2).reshape(-1, vectors.shape[1])
             codes = self.weight.float()
             found = [(part.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * part @ codes.T).argmin(1)
@@ -336,7 +336,7 @@ def in_parts(function, x, side, grad_checkpoint):
     if learns and not grad_checkpoint:
         return function(x)
     parts = x.split(max(1, AT_ONCE // side ** 2))
-    return torch.cat([checkpoint(function, part, use_reentrant=False) if learns else function(part) for part in parts])
+    return torch.cat([checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) if learns else function(part) for part in parts])
 
 
 def decode_in_parts(decoder, codes, side, grad_checkpoint, before=nn.Identity()):

@@ -252,7 +252,7 @@ def update_codebooks(run, seen, finite, step):
 def flops_per_image(run):
     """Of a training step, without what grad_checkpoint computes again."""
     meta = SimpleNamespace(lpips=copy.deepcopy(run.lpips))
-    if meta.lpips:
+    if lambda_lpips:
         meta.lpips.normalize = lambda pictures: pictures.float()
         meta.lpips.to('meta')
     with torch.device('meta'):
@@ -277,7 +277,7 @@ def validate(structure, alias, images, at_once, dev):
         missed += len(part) * np.array([F.mse_loss(*pair).item() for pair in zip(alias.decode(alias.encode(x)), views)])
         hits += structure.quantizer.codebook.histogram(tokens)
     real = energies > 1e-8 * len(images)                    # less is rounding
-    return {'psnr': decibels[-1] / len(images), 'psnr_states': (decibels / len(images)).tolist(),
+    return {'psnr': float(decibels[-1]) / len(images), 'psnr_states': (decibels / len(images)).tolist(),
             'perplexity': structure.quantizer.codebook.perplexity().tolist(), 'codes_used': (hits > 0).sum(1).tolist(),
             'alias_perplexity': alias.codebook.perplexity().tolist() if alias.dual else [],
             'alias_missed': np.where(real, missed / np.where(real, energies, 1), 0.0).tolist()}

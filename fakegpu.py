@@ -1,0 +1,168 @@
+"""A GPU that is not there, on which whole training steps run at their real size: what they hold, and where they would wait.
+
+    with FakeGPU() as gpu:
+        with gpu.building():
+            run = train_fvar.set_up(gpu.device, ...)
+        train_fvar.train_step(run, ...)
+    print(gpu.peak, gpu.waits)
+
+Its tensors have shapes, types and strides but no data; tensors on the CPU are real, and an operation on both kinds raises, as on a
+GPU. Autocast works, and attention takes the kernels that it would take. What torch itself needs beside tensors is not counted: the
+CUDA context, NCCL, workspaces, fragmentation.
+"""
+import collections
+import weakref
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torch.cuda.amp.common
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+import model
+import tokenizer
+from pyramid import psf
+
+# operations for which the CPU waits until the GPU has a number for it
+WAITING = ('_local_scalar_dense', 'nonzero', 'multinomial', 'bincount', 'masked_select', '_unique2')
+
+
+class FakeGPU(TorchDispatchMode):
+    """peak, live: bytes of tensors. waits: {operation: how often}, 'upload' being a copy to the GPU that the CPU waits for, and
+    'download' one to the CPU. What is fetched from the GPU is made up: True, 1.0 or 0.
+
+    Autograd looks after streams of a device that it takes for a GPU, and there are none. So its nodes are told 'meta': a tensor
+    says that it is on the GPU only once Python has had it in its hands, and not when it has just been computed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake, self.sizes, self.device = FakeTensorMode(allow_non_fake_inputs=True), WeakIdKeyDictionary(), torch.device('cuda', 0)
+        self.waits, self.live, self.peak = collections.Counter(), 0, 0
+        self.patches, self.generator, self.kept = ExitStack(), torch.Generator, []
+
+    def __enter__(self):
+        torch._C._ensureCUDADeviceGuardSet()                # as FakeTensorMode does; nothing where there is a GPU
+        torch._C._set_only_lift_cpu_tensors(True)           # likewise: torch.tensor() first makes a tensor on the CPU
+        group = torch._C._group_tensors_by_device_and_dtype
+        for owner, name, value in (
+                (torch.cuda, '_lazy_init', lambda: None), (torch.cuda, 'is_available', lambda: True),
+                (torch.cuda, 'is_bf16_supported', lambda *_, **__: True), (torch.cuda, 'set_device', lambda device: None),
+                (torch.cuda, 'get_device_name', lambda *_: 'NVIDIA A100-SXM4-80GB'),
+                (torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False),     # or autocast turns itself off
+                (torch.Tensor, 'pin_memory', lambda tensor: tensor),
+                (torch, 'Generator', lambda device='cpu': self.generator()),
+                (torch._C, '_group_tensors_by_device_and_dtype', lambda lists, indices: group(in_hands(lists), indices)),
+                (model, 'checkpoint', checkpoint_in_hands), (tokenizer, 'checkpoint', checkpoint_in_hands)):
+            self.patches.enter_context(mock.patch.object(owner, name, value))
+        self.patches.enter_context(Hands())
+        psf.cache_clear()                                   # it may hold a real GPU's tensors, and must not keep these
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        psf.cache_clear()
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
+        self.patches.close()
+
+    @contextmanager
+    def building(self):
+        """Networks made inside are made on the GPU at once: no time for initial values, no memory of the CPU."""
+        with self.device, mock.patch.object(torch.nn.Module, 'to', lambda module, *_, **__: module):
+            yield
+
+    def start(self):
+        """Forgets peak and waits so far."""
+        self.peak = self.live
+        self.waits.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), func._schema.name.removeprefix('aten::')
+        if func is torch.ops.prim.device.default:
+            return self.device if getattr(args[0], 'in_hands', False) else torch.device('meta')
+        made_on = torch.device(kwargs.get('device') or 'cpu').type
+        if made_on == 'meta':                               # beside what said so
+            kwargs['device'], made_on = self.device, 'cuda'
+        if made_on == 'cpu' and not any(isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        kwargs |= {'generator': None} if 'generator' in kwargs else {}
+        if name in ('_to_copy', 'copy_') and (copied := self.copy_between(name, args, kwargs)) is not None:
+            return copied
+        if name in WAITING:
+            self.waits[name] += 1
+        if name == '_local_scalar_dense':
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 0
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else self.fake.from_tensor(t), (args, kwargs))
+        with self.fake:
+            out = func(*args, **kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, FakeTensor) and t.device.type == 'cuda' and (s := t.untyped_storage()) not in self.sizes:
+                self.sizes[s] = s.nbytes()
+                self.live += s.nbytes()
+                weakref.finalize(s, self.free, s.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def copy_between(self, name, args, kwargs):
+        """Counts a copy between CPU and GPU that is waited for; returns the copy if it is one to the CPU."""
+        source, target = (args[0], kwargs.get('device') or args[0].device) if name == '_to_copy' else (args[1], args[0].device)
+        waited = not (kwargs.get('non_blocking') or (name == 'copy_' and args[2:3] == (True,)))
+        target = torch.device(target).type
+        if source.device.type == 'cpu' and target == 'cuda':
+            self.waits['upload'] += waited
+        elif source.device.type == 'cuda' and target == 'cpu':
+            self.waits['download'] += waited
+            made = torch.zeros(source.shape, dtype=kwargs.get('dtype') or source.dtype)
+            return made if name == '_to_copy' else args[0].copy_(made)
+
+    def free(self, size):
+        self.live -= size
+
+
+class Hands(TorchFunctionMode):
+    """Marks the tensors that Python computes with, and has attention take the kernel which it takes on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        in_hands((args, kwargs))
+        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return attention(*args, **kwargs)
+        if kwargs.get('inplace'):                           # what comes out has just been computed
+            args[0].in_hands = False
+        return func(*args, **kwargs)
+
+
+def in_hands(tensors):
+    """Marks the tensors in nested lists and dictionaries; returns these."""
+    for t in tree_leaves(tensors):
+        if isinstance(t, FakeTensor):
+            t.in_hands = not t.is_leaf or not t.requires_grad or hasattr(t, 'node')
+            if not t.in_hands:                              # a weight; its node is made now, or it would be told of the GPU
+                with torch.enable_grad():
+                    t.node = t.view_as(t).grad_fn.next_functions[0][0]
+                t.in_hands = True
+    return tensors
+
+
+def checkpoint_in_hands(function, *args, **more):
+    """What is computed again in the backward pass is out of Python's hands, as the whole of it."""
+    def seen(*args, **more):
+        with Hands():
+            return function(*args, **more)
+    return checkpoint(seen, *args, **more)
+
+
+def attention(q, k, v, attn_mask=None, scale=None):
+    """Flash attention where it can be: in 16 bits, without mask, heads of at most 256 numbers."""
+    if torch.is_autocast_enabled('cuda'):
+        q, k, v = (t.to(torch.get_autocast_dtype('cuda')) for t in (q, k, v))
+    if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    bias = None if attn_mask is None else torch.zeros(*attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:-1], k.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
