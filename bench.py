@@ -11,7 +11,8 @@ encode     images to token files: the share of the time that both encoders take
 train      a step of stage 2 from token files; without teacher; compiled
 sample     latency of one picture and of a batch; without KV cache; compiled
 depths     time of d12 … d24 relative to d12 (Table 1, column Time)
-growth     computed, not measured: FLOPs from the shapes, hours on eight A100 at `share` of their peak, memory a GPU
+growth     computed, not measured: memory, FLOPs, hours and disk of every configuration of config/ on eight A100 at `share`
+           of their peak, from whole training steps on a GPU that is not there (fakegpu.py)
 
 The baseline computes tokens at every step, attends under one dense mask, concatenates its KV cache, sorts all codes and
 steps parameter by parameter. Weights are random, which changes no time. FLOPs are those of matrix products, convolutions
@@ -23,20 +24,21 @@ import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+import encode
 import model
 import runtime
 import train_fvar
 import train_tokenizer
 from configurator import UserError, configure, read_config_file
 from data import Charts, normalize
+from fakegpu import FakeGPU
 from model import FVAR, Teacher, build_student
 from pyramid import convolve, convolve_fft, decimate, defocus_decimate, focus_radii, psf
 from tokenizer import build_tokenizers
@@ -57,9 +59,10 @@ seed = 0                        # of weights and tokens
 config = configure(globals())
 
 A100 = 312e12                   # FLOP/s in bfloat16, from NVIDIA's data sheet
-PAPER = {                       # stage 1, stage 2, pictures a step, steps (section 4.2 of the paper)
-    'd12': ('tokenizer_256', 'd12'), 'd16': ('tokenizer_256', 'd16'), 'd20': ('tokenizer_256', 'd20'),
-    'd24': ('tokenizer_256', 'd24'), 'd36_512': ('tokenizer_512', 'd36_512'), 'd16_1024': ('tokenizer_1024', 'd16_1024')}
+GPUS = 8
+STAGE_1 = ('tokenizer_256', 'tokenizer_512', 'tokenizer_1024')
+STAGE_2 = {'d12': 'tokenizer_256', 'd16': 'tokenizer_256', 'd20': 'tokenizer_256', 'd24': 'tokenizer_256',
+           'd36_512': 'tokenizer_512', 'd16_1024': 'tokenizer_1024'}
 
 
 # -----------------------------------------------------------------------------
@@ -82,24 +85,6 @@ def timed(dev, *functions):
             seconds.append(time.perf_counter() - start)
     medians = [statistics.median(seconds[1:]) for seconds in times]
     return [(m, (max(seconds[1:]) - min(seconds[1:])) / m) for m, seconds in zip(medians, times)]
-
-
-def flops(function):
-    """Floating-point operations of the matrix products, convolutions and attention that a call executes."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function()
-    return counter.get_total_flops()
-
-
-def peak(dev, autocast):
-    """FLOP/s of a large matrix product in the precision that autocast gives."""
-    n = 8192 if dev.type == 'cuda' else 2048
-    a, b = torch.randn(2, n, n, device=dev)
-
-    def product():
-        with autocast():
-            return a @ b
-    return 2 * n ** 3 / timed(dev, product)[0][0]
 
 
 ROWS = []
@@ -198,7 +183,7 @@ def bench_tokenizer(structure, alias, x, dev, autocast):
     jobs = {'structure tokens': lambda: structure.encode(x), 'alias tokens': lambda: alias.encode(x),
             'decoding': lambda: structure.decode(tokens)}
     for (what, function), t in zip(jobs.items(), timed(dev, *map(run, jobs.values()))):
-        row('tokenizer', what, t, f'{len(x) / t[0]:.1f} images/s; {flops(run(function)) / len(x) / 1e9:.2f} GFLOP an image')
+        row('tokenizer', what, t, f'{len(x) / t[0]:.1f} images/s; {runtime.count_flops(run(function)) / len(x) / 1e9:.2f} GFLOP an image')
 
 
 def bench_encode(structure, alias, images, dev, autocast):
@@ -263,7 +248,7 @@ def bench_train(structure, alias, network, images, dev, autocast, top):
     if dev.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     times = dict(zip(jobs, timed(dev, *jobs.values())))
-    work = {'student and teacher': flops(ours), 'student alone (distill=False)': flops(alone)}
+    work = {'student and teacher': runtime.count_flops(ours), 'student alone (distill=False)': runtime.count_flops(alone)}
     first = times['student and teacher'][0]
     for what, t in times.items():
         note = f'{batch / t[0]:.1f} images/s, {batch * sum(lengths) / t[0]:.0f} tokens/s'
@@ -305,7 +290,7 @@ def bench_sample(structure, student, count, dev, autocast, top):
         if compiled:
             jobs['compiled'] = lambda: draw(student=twin)
         times = dict(zip(jobs, timed(dev, *jobs.values())))
-        work, first = flops(draw), times['with KV cache'][0]
+        work, first = runtime.count_flops(draw), times['with KV cache'][0]
         for what, t in times.items():
             note = f'{batch / t[0]:.2f} images/s' + (f'; {work / t[0] / top:.0%} of peak' if what == 'with KV cache' else
                                                      f'; ours is {t[0] / first:.2f} × as fast')
@@ -337,44 +322,112 @@ def bench_depths(dev, autocast):
 # -----------------------------------------------------------------------------
 # what can only be computed here
 
-def growth():
-    """Prints hours and memory of the paper's configurations on eight A100-80G, from shapes alone.
+@contextmanager
+def configured(script, file, **changes):
+    """An imported training script, one of eight ranks, with the settings of a configuration; yields these.
 
-    Memory a GPU: 16 bytes a parameter (float32 weights, gradients, Adam), a share of them with FSDP; activations of a
-    block 34·width bytes a token in 16 bits (Korthikanti et al. 2022, without the attention matrix, which is never kept), or
-    2·width when blocks are recomputed; logits 10 bytes a code and token. No workspace, no fragmentation. `encoding` is what
-    computing the structure tokens at every step, instead of reading token files, would add.
+    A step has one pass: begin() leaves gradients as if there had been others before it.
     """
-    runtime.say(f'computed, not measured: 8 × A100-80G at {share:.0%} of peak, 256 pictures a step\n'
-                f'{"":10} {"params":>8} {"tokens":>7} {"TFLOP/img":>10} {"encoding":>9} '
-                f'{"hours":>7} {"GiB a GPU":>10} {"recomputed":>11} {"and FSDP":>9}')
+    values = settings(script, file) | changes
+    values |= {'batch_size': values['batch_size'] // values['grad_accum_steps'], 'grad_accum_steps': 1}
+    with mock.patch.multiple(script, **values, config=values), mock.patch.dict('os.environ', {'RANK': '0', 'WORLD_SIZE': str(GPUS)}):
+        yield SimpleNamespace(**values)
+
+
+def stand_in_lpips(dev):
+    """The real LPIPS network without its published weights."""
+    from torch_fidelity import sample_similarity_lpips as lpips
+    from torchvision.models import vgg16
+    with (mock.patch.object(lpips, 'load_state_dict_from_url', lambda *_, **__: {}),
+          mock.patch.object(lpips, 'torchvision_load_pretrained_vgg16', vgg16),
+          mock.patch.object(lpips.SampleSimilarityLPIPS, 'load_state_dict', lambda *_: None),
+          mock.patch.object(train_tokenizer.os.path, 'isfile', lambda path: True)):
+        return LOAD_LPIPS(dev)
+
+
+LOAD_LPIPS = train_tokenizer.load_lpips
+
+
+def begin(*optimizers):
+    """Gives optimizers the state that they have from their first step on, and their weights gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+
+def stage1_on_a_gpu(gpu, file, **changes):
+    """(run, what a step of stage 1 with all terms of its loss needs, what a validation needs, pictures at a time)."""
+    with configured(train_tokenizer, file, **changes) as c, mock.patch.object(train_tokenizer, 'load_lpips', stand_in_lpips):
+        with gpu.building():
+            run = train_tokenizer.set_up(gpu.device)
+        begin(*filter(None, (run.optimizer, run.gan_optimizer)))
+        share = runtime.share_of_batch(c.batch_size)
+        images = torch.empty(share, 3, c.image_size, c.image_size, device=gpu.device).contiguous(memory_format=torch.channels_last)
+        train = observed(gpu, lambda: train_tokenizer.train_step(run, c.gan_start, images))
+        del images
+        held_out = torch.zeros(share, 3, c.image_size, c.image_size, dtype=torch.uint8)
+        validation = observed(gpu, lambda: train_tokenizer.validate(run.structure, run.alias, held_out, share, gpu.device))
+        return run, train, validation, share
+
+
+def stage2_on_a_gpu(gpu, first, file, **changes):
+    """The same of stage 2. With fsdp everything is computed whole, and then what other ranks would hold is taken off."""
+    with configured(train_fvar, file, **{'fsdp': False} | changes) as c:
+        with gpu.building():
+            structure, alias = build_tokenizers(settings(train_tokenizer, first))
+            run = train_fvar.set_up(gpu.device, structure.requires_grad_(False), alias, num_classes=1000)
+        begin(run.optimizer)
+        share = runtime.share_of_batch(c.batch_size)
+        sizes = (sum(run.student.lengths),), (sum(run.student.lengths[:-1]),), ()
+        batch = [torch.zeros(share, *size, dtype=torch.int64, device=gpu.device) for size in sizes]
+        train = observed(gpu, lambda: train_fvar.train_step(run, run.network, 0, batch))
+        held_out = [torch.zeros(share, *size, dtype=torch.int64) for size in sizes]
+        validation = observed(gpu, lambda: train_fvar.validate(run, [held_out], gpu.device))
+        if settings(train_fvar, file)['fsdp']:
+            block = max(map(train_fvar.count_parameters, train_fvar.blocks_of(run.network))) * 1e6
+            # 16 bytes a parameter for weights, gradients and Adam; two blocks are whole at a time, weights in 16 bits, gradients in 32
+            spared = 16 * train_fvar.count_parameters(run.network) * 1e6 * (GPUS - 1) / GPUS - 2 * (2 + 4) * block
+            train['bytes'] -= spared
+            validation['bytes'] -= spared
+        return run, train, validation, share
+
+
+def observed(gpu, function):
+    """Bytes at the peak, FLOPs and waits of a call."""
+    gpu.start()
+    function()
+    return {'bytes': gpu.peak, 'flops': gpu.flops, 'waits': dict(+gpu.waits)}
+
+
+def growth():
+    """Prints what every configuration of config/ needs on eight A100-80G, from whole training steps on a GPU that is not there."""
+    runtime.say(f'computed, not measured: {GPUS} × A100-80G at {share:.0%} of their peak, the batch and the steps of the configuration\n'
+                f'{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} {"TFLOP/image":>12} {"hours":>6} {"disk, GB":>9}')
     table = []
-    for name, (one, two) in PAPER.items():
-        first, second = settings(train_tokenizer, f'config/{one}.py'), settings(train_fvar, f'config/{two}.py')
-        with torch.device('meta'):
-            structure, alias = build_tokenizers(first)
-            student = build_student(second, structure, 1000)
-            teacher = Teacher(student, alias.vocab_size, second['alias_scales'], second['teacher_blocks'], second['shared_blocks'])
-            network = FVAR(student, teacher)
-            tokens = torch.zeros(1, sum(student.lengths), dtype=torch.int64)
-            side = torch.zeros(1, sum(p * p for p in alias.patch_nums), dtype=torch.int64)
-            inputs = torch.zeros(1, tokens.shape[1] - student.lengths[0], structure.quantizer.codebook.embedding_dim)
-            work = flops(lambda: network(torch.zeros(1, dtype=torch.int64), inputs, tokens, side)['total'].backward())
-            picture = torch.zeros(1, 3, structure.image_size, structure.image_size)
-            encoding = flops(lambda: structure.features(picture)) * len({max(radius, 0.5) for radius in structure.radii})
-        length, width = tokens.shape[1], student.word_embed.out_features
-        parameters, blocks = sum(p.numel() for p in network.parameters()), len(student.blocks) + len(teacher.blocks)
-        images = second['batch_size'] / second['grad_accum_steps'] / 8
-        states, kept = 16 * parameters, 34 * width * length * images
-        logits = 10 * student.head.out_features * length * images * (1 + sum(student.lengths[-second['alias_scales']:]) / length)
-        memory = [states + logits + kept * blocks, states + logits + kept + 2 * width * length * images * blocks]
-        memory.append(memory[1] - states * 7 / 8)
-        hours = work * second['batch_size'] * second['steps'] / (8 * A100 * share) / 3600
-        table.append({'config': name, 'parameters': parameters, 'tokens': length, 'flop_an_image': work, 'flop_to_encode': encoding,
-                      'hours': hours,
-                      'gib': [m / 2 ** 30 for m in memory]})
-        runtime.say(f'{name:10} {parameters / 1e6:7.0f}M {length:7} {work / 1e12:10.2f} {encoding / 1e12:9.2f} {hours:7.0f} '
-                    + ''.join(f'{m / 2 ** 30:{w}.0f}' for m, w in zip(memory, (10, 12, 10))))
+    for name in STAGE_1 + tuple(STAGE_2):
+        gpu = FakeGPU()
+        with gpu:
+            file, first = f'config/{name}.py', f'config/{STAGE_2.get(name)}.py'
+            if name in STAGE_1:
+                run, train, validation, images = stage1_on_a_gpu(gpu, file)
+                values, network = settings(train_tokenizer, file), run.networks
+                disk = 1_281_167 * settings(encode, file)['crops'] * 2 * (1 + sum(2 * p * p for p in values['patch_nums'])
+                                                                          - values['patch_nums'][-1] ** 2)
+            else:
+                run, train, validation, images = stage2_on_a_gpu(gpu, first, file)
+                values, network, disk = settings(train_fvar, file), run.network, 0
+            parameters = sum(p.numel() for p in network.parameters())
+            disk += 2 * (12 + 4) * parameters               # weights alone and with both averages, each with the one before it
+            hours = train['flops'] / images * values['batch_size'] * values['steps'] / (GPUS * A100 * share) / 3600
+            row = {'config': name, 'parameters': parameters, 'tokens': sum(p * p for p in run.structure.patch_nums),
+                   'gib': train['bytes'] / 2 ** 30, 'gib_validation': validation['bytes'] / 2 ** 30,
+                   'tflop_per_image': train['flops'] / images / 1e12, 'hours': hours, 'disk_gb': disk / 1e9}
+            del run, network
+        table.append(row)
+        runtime.say(f'{name:14} {row["parameters"] / 1e6:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} {row["gib_validation"]:11.1f} '
+                    f'{row["tflop_per_image"]:12.2f} {hours:6.0f} {row["disk_gb"]:9.1f}')
     return table
 
 
@@ -395,7 +448,7 @@ def main():
     name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}'
     results = {'config': config, 'machine': name, 'torch': torch.__version__, 'rows': ROWS}
     if set(chosen) != {'growth'}:
-        top = peak(dev, autocast)
+        top = runtime.measured_peak(dev, autocast)
         results['peak'] = top
         runtime.say(f'{name}, torch {torch.__version__}; a large matrix product reaches {top / 1e12:.3f} TFLOP/s')
         images = Charts('val', first['image_size'], batch_size or (32 if gpu else second['batch_size'])).images

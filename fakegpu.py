@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 import model
@@ -33,8 +34,11 @@ from pyramid import psf
 WAITING = ('_local_scalar_dense', 'nonzero', 'multinomial', 'bincount', 'masked_select', '_unique2')
 
 
+HANDS = WeakIdKeyDictionary()   # the tensors that Python has had in its hands; of weights, the node of autograd
+
+
 class FakeGPU(TorchDispatchMode):
-    """peak, live: bytes of tensors. waits: {operation: how often}, 'upload' being a copy to the GPU that the CPU waits for, and
+    """peak, live: bytes of tensors. flops: operations of matrix products, convolutions and attention, as executed. waits: {operation: how often}, 'upload' being a copy to the GPU that the CPU waits for, and
     'download' one to the CPU. What is fetched from the GPU is made up: True, 1.0 or 0.
 
     Autograd looks after streams of a device that it takes for a GPU, and there are none. So its nodes are told 'meta': a tensor
@@ -44,7 +48,7 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.fake, self.sizes, self.device = FakeTensorMode(allow_non_fake_inputs=True), WeakIdKeyDictionary(), torch.device('cuda', 0)
-        self.waits, self.live, self.peak = collections.Counter(), 0, 0
+        self.waits, self.live, self.peak, self.flops = collections.Counter(), 0, 0, 0
         self.patches, self.generator, self.kept = ExitStack(), torch.Generator, []
 
     def __enter__(self):
@@ -74,22 +78,24 @@ class FakeGPU(TorchDispatchMode):
     @contextmanager
     def building(self):
         """Networks made inside are made on the GPU at once: no time for initial values, no memory of the CPU."""
-        with self.device, mock.patch.object(torch.nn.Module, 'to', lambda module, *_, **__: module):
+        with (self.device, mock.patch.object(torch.nn.Module, 'to', lambda module, *_, **__: module),
+              mock.patch.object(torch.nn.init, 'trunc_normal_', lambda tensor, *_, **__: tensor)):      # it draws until all is inside
             yield
 
     def start(self):
-        """Forgets peak and waits so far."""
-        self.peak = self.live
+        """Forgets peak, operations and waits so far."""
+        self.peak, self.flops = self.live, 0
         self.waits.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func._schema.name.removeprefix('aten::')
         if func is torch.ops.prim.device.default:
-            return self.device if getattr(args[0], 'in_hands', False) else torch.device('meta')
+            return self.device if args[0] in HANDS else torch.device('meta')
         made_on = torch.device(kwargs.get('device') or 'cpu').type
         if made_on == 'meta':                               # beside what said so
             kwargs['device'], made_on = self.device, 'cuda'
-        if made_on == 'cpu' and not any(isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
+        leaves = tree_leaves((args, kwargs))
+        if made_on == 'cpu' and not any(isinstance(t, FakeTensor) for t in leaves):
             return func(*args, **kwargs)
         kwargs |= {'generator': None} if 'generator' in kwargs else {}
         if name in ('_to_copy', 'copy_') and (copied := self.copy_between(name, args, kwargs)) is not None:
@@ -98,7 +104,8 @@ class FakeGPU(TorchDispatchMode):
             self.waits[name] += 1
         if name == '_local_scalar_dense':
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 0
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else self.fake.from_tensor(t), (args, kwargs))
+        if not all(isinstance(t, FakeTensor) for t in leaves if isinstance(t, torch.Tensor)):
+            args, kwargs = tree_map_only(torch.Tensor, self.as_fake, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
         for t in tree_leaves(out):
@@ -107,6 +114,8 @@ class FakeGPU(TorchDispatchMode):
                 self.live += s.nbytes()
                 weakref.finalize(s, self.free, s.nbytes())
         self.peak = max(self.peak, self.live)
+        if (packet := func.overloadpacket) in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
     def copy_between(self, name, args, kwargs):
@@ -121,6 +130,9 @@ class FakeGPU(TorchDispatchMode):
             made = torch.zeros(source.shape, dtype=kwargs.get('dtype') or source.dtype)
             return made if name == '_to_copy' else args[0].copy_(made)
 
+    def as_fake(self, tensor):
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
     def free(self, size):
         self.live -= size
 
@@ -134,7 +146,7 @@ class Hands(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return attention(*args, **kwargs)
         if kwargs.get('inplace'):                           # what comes out has just been computed
-            args[0].in_hands = False
+            HANDS.pop(args[0], None)
         return func(*args, **kwargs)
 
 
@@ -142,11 +154,12 @@ def in_hands(tensors):
     """Marks the tensors in nested lists and dictionaries; returns these."""
     for t in tree_leaves(tensors):
         if isinstance(t, FakeTensor):
-            t.in_hands = not t.is_leaf or not t.requires_grad or hasattr(t, 'node')
-            if not t.in_hands:                              # a weight; its node is made now, or it would be told of the GPU
-                with torch.enable_grad():
-                    t.node = t.view_as(t).grad_fn.next_functions[0][0]
-                t.in_hands = True
+            node = HANDS.get(t)
+            if isinstance(t, torch.nn.Parameter) and not node:
+                HANDS.pop(t, None)
+                with torch.enable_grad():                   # its node is made now, or it would be told of the GPU
+                    node = t.view_as(t).grad_fn.next_functions[0][0]
+            HANDS[t] = node
     return tensors
 
 
@@ -164,5 +177,7 @@ def attention(q, k, v, attn_mask=None, scale=None):
         q, k, v = (t.to(torch.get_autocast_dtype('cuda')) for t in (q, k, v))
     if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
-    bias = None if attn_mask is None else torch.zeros(*attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:-1], k.shape[-2])
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros(*attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:-1], k.shape[-2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]

@@ -64,7 +64,7 @@ def radial_kernel(profile, half):
 def psf(radius, kernel, device='cpu'):
     """The kernel that stands for a defocus radius: a disk, a Gaussian of σ = ρ/2, or nothing at all. Not to be written to."""
     if torch.device(device).type != 'cpu':
-        return psf(radius, kernel).to(device)
+        return psf(radius, kernel).to(device, non_blocking=True)
     if kernel == 'disk':
         return disk_kernel(radius)
     if kernel == 'gaussian':

@@ -143,7 +143,7 @@ def test_every_weight_of_the_student_learns(student, tokenizer):
 # stochastic depth
 
 def test_drop_path_grows_from_nothing_in_the_first_block_to_its_rate_in_the_last():
-    factors = small_student(drop_path=0.4).drop_path_factors(20000, seeded())
+    factors = small_student(drop_path=0.4).drop_path_factors(torch.rand(20000, 6, generator=seeded()))
     assert factors.shape == (20000, 6)
     for column, rate in enumerate((0, 0, 0.2, 0.2, 0.4, 0.4)):
         values = factors[:, column].unique()
@@ -153,10 +153,12 @@ def test_drop_path_grows_from_nothing_in_the_first_block_to_its_rate_in_the_last
     assert (factors[:, 4] != factors[:, 5]).any()           # the two branches of a block fall apart
 
 
-def test_drop_path_is_a_function_of_its_generator():
-    student = small_student(drop_path=0.4)
-    first, again, other = (student.drop_path_factors(50, seeded(s)) for s in (1, 1, 2))
+def test_drop_path_is_a_function_of_its_numbers_picture_by_picture():
+    student, uniform = small_student(drop_path=0.4), torch.rand(50, 6, generator=seeded(1))
+    first, again, other = (student.drop_path_factors(u) for u in (uniform, uniform.clone(), torch.rand(50, 6, generator=seeded(2))))
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.cat([student.drop_path_factors(part) for part in uniform.split(7)]), first)
+    assert (student.drop_path_factors(torch.zeros(1, 6)) == torch.tensor([1, 1, 0, 0, 0, 0])).all()     # a rate of 0 drops nothing
 
 
 def test_dropped_branches_leave_the_stream_alone_picture_by_picture(student, tokenizer):
@@ -232,9 +234,19 @@ def test_equal_logits_stay_or_go_together(top_k, top_p):
     assert kept.tolist() == [True, False, True, True, False, True]
 
 
+def exponential(*shape, seed=0):
+    return torch.empty(shape).exponential_(generator=seeded(seed))
+
+
+def test_draw_gives_the_tokens_of_multinomial():
+    logits = filter_logits(2 * torch.randn(3, 40, 50, generator=seeded(1)), 20, 0.9)
+    wanted = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=seeded(2)).view(3, 40)
+    assert torch.equal(draw(logits, exponential(120, 50, seed=2).view(3, 40, 50)), wanted)
+
+
 def test_draw_follows_the_distribution():
     share = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    tokens = draw(share.log().expand(40, 1000, 4), seeded())
+    tokens = draw(share.log().expand(40, 1000, 4), exponential(40, 1000, 4))
     assert tokens.shape == (40, 1000) and tokens.dtype == torch.int64
     counts = torch.bincount(tokens.flatten(), minlength=4) / 40000
     assert counts[1] == 0 and (counts - share).abs().max() < 5 * math.sqrt(0.25 / 40000)
@@ -244,7 +256,8 @@ def test_draw_keeps_positions_apart():
     logits = torch.full((2, 3, 6), -torch.inf)
     wanted = torch.tensor([[0, 5, 2], [4, 1, 3]])
     logits.scatter_(2, wanted[..., None], 0.0)
-    assert torch.equal(draw(logits), wanted)
+    assert torch.equal(draw(logits, exponential(2, 3, 6)), wanted)
+    assert torch.equal(draw(logits, torch.rand(2, 3, generator=seeded(), dtype=torch.float64)), wanted)
 
 
 # -----------------------------------------------------------------------------
@@ -317,7 +330,7 @@ def test_smooth_pictures_are_mixtures_of_codes(student, tokenizer):
 
 def test_smooth_codes_harden_over_the_maps():
     logits, codes = torch.randn(1, 500, 8, generator=seeded()), torch.eye(8)
-    early, late = (model.smooth_codes(logits, progress, codes, seeded(1)) for progress in (0.0, 1.0))
+    early, late = (model.smooth_codes(logits, progress, codes, exponential(1, 500, 8, seed=1)) for progress in (0.0, 1.0))
     torch.testing.assert_close(late.sum(-1), torch.ones(1, 500))
     assert early.amax(-1).mean() < late.amax(-1).mean() and late.amax(-1).mean() > 0.98
 

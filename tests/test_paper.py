@@ -76,7 +76,8 @@ def views():
     """Sixteen pictures, their pyramid with noise from 1e-3 to 1e-2, and the noise ε it was given."""
     images, noise, source = normal(16, 3, 32, 32), [], generator(1)
 
-    def remembered(shape):
+    def remembered(shape, k):
+        assert k == len(noise)
         noise.append(torch.randn(shape, generator=source, dtype=torch.float64))
         return noise[-1]
 

@@ -256,12 +256,18 @@ def test_noise_follows_the_generator():
 
 def test_noise_can_be_handed_in():
     """Which is how one rank of many takes its share of a global batch's noise."""
-    images = normal(2, 3, 32, 32)
-    focused = build_pyramid(images, MAPS, RADII, (0.1, 0.4), generator=torch.ones)[0]
+    images, asked = normal(2, 3, 32, 32), []
+
+    def ones(shape, k):
+        asked.append((*shape, k))
+        return torch.ones(shape)
+
+    focused = build_pyramid(images, MAPS, RADII, (0.1, 0.4), generator=ones)[0]
+    assert asked == [(*L.shape, k) for k, L in enumerate(focused)]
     clean, downsampled, _ = build_pyramid(images, MAPS, RADII)
     for noisy, L, beta in zip(focused, clean, (0.1, 0.2, 0.3, 0.4)):
         assert differ(noisy, L + beta) < 1e-6
-    noisy_downsampled = build_pyramid(images, MAPS, RADII, (0.1, 0.4), generator=torch.ones)[1]
+    noisy_downsampled = build_pyramid(images, MAPS, RADII, (0.1, 0.4), generator=ones)[1]
     assert all(torch.equal(a, b) for a, b in zip(noisy_downsampled, downsampled))
 
 

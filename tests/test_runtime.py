@@ -52,20 +52,65 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, ranks, batch_size,
     assert one_line(error)
 
 
-def test_ranks_see_the_noise_that_one_rank_would(monkeypatch):
-    whole = runtime.shared_noise(runtime.generator(3))((6, 2))
-    monkeypatch.setenv('WORLD_SIZE', '3')
-    parts = []
-    for rank in range(3):
-        monkeypatch.setenv('RANK', str(rank))
-        parts.append(runtime.shared_noise(runtime.generator(3))((2, 2)))
-    assert torch.equal(torch.cat(parts), whole) and len(torch.unique(whole)) == 12
+def of_all_ranks(monkeypatch, ranks, call):
+    """What a call gives on every rank."""
+    with monkeypatch.context() as patch:
+        patch.setenv('WORLD_SIZE', str(ranks))
+        return [(patch.setenv('RANK', str(rank)), call())[1] for rank in range(ranks)]
+
+
+def test_ranks_take_the_samples_and_see_the_noise_that_one_rank_would(monkeypatch):
+    def noise():
+        numbers = runtime.sample_numbers(3, 6)
+        return runtime.noise_of(numbers, CPU, 0, 1)((len(numbers), 3, 2, 2), 4)
+
+    numbers, whole = runtime.sample_numbers(3, 6), noise()
+    assert list(numbers) == [18, 19, 20, 21, 22, 23]
+    assert sum(map(list, of_all_ranks(monkeypatch, 3, lambda: runtime.sample_numbers(3, 6))), []) == list(numbers)
+    assert torch.equal(torch.cat(of_all_ranks(monkeypatch, 3, noise)), whole) and len(torch.unique(whole)) == 6 * 12
+
+
+@pytest.mark.parametrize('distribution', [torch.rand, torch.randn])
+def test_a_part_of_a_batch_draws_the_same_as_the_whole(distribution):
+    whole = runtime.draw(distribution, (2, 5), range(7), CPU, 3, 1)
+    assert whole.shape == (7, 2, 5) and len(torch.unique(whole)) == 70
+    parts = [runtime.draw(distribution, (2, 5), numbers, CPU, 3, 1) for numbers in (range(1), range(1, 5), [6, 5])]
+    assert torch.equal(torch.cat(parts), whole[[0, 1, 2, 3, 4, 6, 5]])
+
+
+def test_what_is_drawn_is_a_function_of_the_stream_and_the_sample():
+    def numbers(*stream, k=0):
+        return tuple(runtime.noise_of(range(2), CPU, *stream)((2, 3), k).flatten().tolist())
+
+    assert numbers(0, 1) == numbers(0, 1) == numbers(torch.tensor(0), 1)
+    assert len({numbers(0, 1), numbers(0, 2), numbers(1, 1), numbers(0), numbers(0, 1, k=1)}) == 5
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    numbers(0, 1)
+    assert torch.equal(torch.get_rng_state(), before)       # nobody else's numbers change by it
+
+
+def test_what_is_drawn_is_distributed_as_asked_for():
+    uniform, normal = (runtime.draw(distribution, (50,), range(1000), CPU, 7) for distribution in (torch.rand, torch.randn))
+    assert 0 <= uniform.min() and uniform.max() < 1 and uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert normal.mean().item() == pytest.approx(0, abs=0.02) and normal.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_many_tensors_are_one_message():
+    tensors, seen = [torch.arange(6.0).view(2, 3), torch.tensor(6.0), torch.tensor([7.0, 8.0])], []
+    runtime.in_one_piece(tensors, lambda flat: (seen.append(flat.tolist()), flat.mul_(2)))
+    assert seen == [list(range(9))]
+    assert [t.tolist() for t in tensors] == [[[0, 2, 4], [6, 8, 10]], 12, [14, 16]]
 
 
 def test_one_rank_needs_nobody_to_talk_to():
     x, module = torch.arange(3.0), nn.Linear(1, 1)
-    for same in (runtime.all_reduce(x), runtime.all_reduce(x, average=True), runtime.broadcast(x), runtime.gather(x)):
+    for same in (runtime.all_reduce(x), runtime.all_reduce(x, average=True), runtime.gather(x)):
         assert same is x and x.tolist() == [0, 1, 2]
+    module(torch.ones(1)).backward()
+    before = [t.clone() for p in module.parameters() for t in (p, p.grad)]
+    runtime.broadcast_weights(module), runtime.average_gradients(module)
+    assert all(map(torch.equal, before, [t for p in module.parameters() for t in (p, p.grad)]))
     assert runtime.parallel(module, CPU) is module
     assert runtime.mean_terms({'ce': torch.tensor(2.0), 'kl': torch.tensor(0.5)}) == {'ce': 2.0, 'kl': 0.5}
 
@@ -183,18 +228,26 @@ def test_adamw_passes_on_its_settings():
 def descent(grad_clip=1.0, scaler=None):
     """(parameter at the origin, a step along a given gradient by plain descent, the SafeStep)."""
     parameter = nn.Parameter(torch.zeros(2))
-    safe_step = SafeStep(torch.optim.SGD([parameter], lr=123.0), scaler or precision('float32', CPU)[1], grad_clip)
+    safe_step = SafeStep(torch.optim.SGD([parameter], lr=123.0, fused=True), scaler or precision('float32', CPU)[1], grad_clip)
 
     def step(*gradient, lr=1.0, **terms):
+        """The norm; the second result must say no more than it does."""
         parameter.grad = torch.tensor(gradient)
-        return safe_step([[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()})
+        norm, finite = safe_step([[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()})
+        assert finite.dtype == torch.bool and finite == math.isfinite(norm)
+        return norm.item()
     return parameter, step, safe_step
+
+
+def counted(safe_step):
+    """(steps taken, skipped, bad in a row)."""
+    return tuple(safe_step.counts.tolist()[:3])
 
 
 def test_a_step_goes_down_the_gradient_and_clears_it():
     parameter, step, safe_step = descent(grad_clip=100.0)
     assert step(3.0, 4.0, lr=0.5) == pytest.approx(5.0)
-    assert parameter.tolist() == pytest.approx([-1.5, -2.0]) and parameter.grad is None and safe_step.skipped == 0
+    assert parameter.tolist() == pytest.approx([-1.5, -2.0]) and parameter.grad is None and counted(safe_step) == (1, 0, 0)
 
 
 def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
@@ -205,9 +258,10 @@ def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
 
 def test_the_gradient_of_one_network_does_not_shorten_the_step_of_another():
     calm, wild = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    safe_step = SafeStep(torch.optim.SGD([calm, wild], lr=1.0), precision('float32', CPU)[1], grad_clip=1.0)
+    safe_step = SafeStep(torch.optim.SGD([calm, wild], lr=1.0, fused=True), precision('float32', CPU)[1], grad_clip=1.0)
     calm.grad, wild.grad = torch.tensor([0.3, 0.4]), torch.tensor([300.0, 400.0])
-    assert safe_step([[calm], [wild]], 1.0) == pytest.approx(math.hypot(0.5, 500))
+    norm, finite = safe_step([[calm], [wild]], 1.0)
+    assert norm.item() == pytest.approx(math.hypot(0.5, 500)) and finite
     assert calm.tolist() == pytest.approx([-0.3, -0.4]) and wild.tolist() == pytest.approx([-0.6, -0.8])
 
 
@@ -215,16 +269,38 @@ def test_the_gradient_of_one_network_does_not_shorten_the_step_of_another():
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
     parameter, step, safe_step = descent()
     assert not math.isfinite(step(bad, 1.0))
-    assert parameter.tolist() == [0, 0] and parameter.grad is None and safe_step.skipped == safe_step.in_a_row == 1
+    assert parameter.tolist() == [0, 0] and parameter.grad is None and counted(safe_step) == (0, 1, 1) and safe_step.check() == 1
+
+
+def test_a_step_that_is_skipped_leaves_adams_averages_as_they_were():
+    weight = (network := nn.Linear(2, 1, bias=False)).weight
+    optimizer = adamw(network, lr=0.1, betas=(0.8, 0.9), weight_decay=0.5)
+    safe_step, seen = SafeStep(optimizer, precision('float32', CPU)[1], 1.0), []
+    for gradient in (0.5, math.nan, math.inf, 0.5):
+        weight.grad = torch.tensor([[gradient, 0.1]])
+        safe_step([[weight]], 0.1)
+        seen.append([t.clone() for t in (weight, *optimizer.state[weight].values())])
+    assert len(seen[0]) == 4 and all(all(map(torch.equal, seen[0], bad)) for bad in seen[1:3])
+    assert not any(map(torch.equal, seen[0], seen[3]))      # but a good step changes them again
 
 
 def test_ten_bad_steps_in_a_row_give_up():
     parameter, step, safe_step = descent()
     for _ in range(9):
         step(math.nan, 1.0)
-    with pytest.raises(FloatingPointError, match='ten steps in a row.*lower --lr') as error:
+    assert safe_step.check() == 9
+    step(math.nan, 1.0)
+    with pytest.raises(FloatingPointError, match='^10 steps in a row.*lower --lr') as error:
+        safe_step.check()
+    assert one_line(error) and parameter.tolist() == [0, 0] and counted(safe_step) == (0, 10, 10)
+
+
+def test_who_asks_late_hears_of_all_bad_steps():
+    _, step, safe_step = descent()
+    for _ in range(23):                                     # as between two lines of the log
         step(math.nan, 1.0)
-    assert one_line(error) and parameter.tolist() == [0, 0] and safe_step.skipped == 10
+    with pytest.raises(FloatingPointError, match='^23 steps in a row'):
+        safe_step.check()
 
 
 def test_a_good_step_starts_the_count_again():
@@ -232,59 +308,56 @@ def test_a_good_step_starts_the_count_again():
     for _ in range(3):
         for _ in range(9):
             step(math.inf, 1.0)
+        assert safe_step.check() == safe_step.counts[1]
         step(0.1, 0.0)
-        assert safe_step.in_a_row == 0
-    assert safe_step.skipped == 27 and parameter.tolist() == pytest.approx([-0.3, 0])
+        assert counted(safe_step)[2] == 0
+    assert counted(safe_step) == (3, 27, 0) and safe_step.check() == 27 and parameter.tolist() == pytest.approx([-0.3, 0])
 
 
 def test_a_float16_scaler_may_skip_its_way_down_to_one():
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 14)
     scaler.scale(torch.ones(1))
-    _, step, _ = descent(scaler=scaler)
-    for _ in range(13):
+    parameter, step, safe_step = descent(scaler=scaler)
+    for skipped in range(1, 14):
         step(math.inf, 1.0)
+        assert safe_step.check() == skipped
     assert scaler.get_scale() == 2
+    step(math.inf, 1.0)
     with pytest.raises(FloatingPointError):
-        step(math.inf, 1.0)
+        safe_step.check()
+    assert parameter.tolist() == [0, 0]
 
 
 def test_the_term_that_went_first_is_named():
-    _, step, _ = descent()
+    _, step, safe_step = descent()
     step(1.0, 0.0, ce=2.0, kl=0.1)
     step(math.nan, 0.0, ce=2.0, kl=math.inf, per_map=[1.0, math.nan])
-    for _ in range(8):
+    for _ in range(9):
         step(math.nan, 0.0, ce=math.nan, kl=math.nan)
     with pytest.raises(FloatingPointError, match='not finite, first kl, per_map in step 1; the last checkpoint is intact') as error:
-        step(math.nan, 0.0, ce=math.nan, kl=math.nan)
+        safe_step.check()
     assert one_line(error)
 
 
 def test_a_gradient_may_go_first():
-    _, step, _ = descent()
-    with pytest.raises(FloatingPointError, match='not finite, first a gradient in step 0'):
-        for _ in range(10):
-            step(math.nan, 0.0, ce=2.0)
-
-
-def test_a_spike_is_a_gradient_ten_times_as_long_as_usual(capsys):
     _, step, safe_step = descent()
-    for norm in [30.0] + 119 * [1.0]:                       # the first hundred are not judged
-        step(norm, 0.0)
-    assert capsys.readouterr().out == '' and safe_step.spikes == 0
-    step(25.0, 0.0)
-    assert capsys.readouterr().out == 'warning: spike in step 120: gradient norm 25, usually 1.24\n'
-    step(25.0, 0.0)                                         # the first has not become usual
-    step(2.0, 0.0)
-    assert safe_step.spikes == 2 and capsys.readouterr().out.count('\n') == 1
+    for _ in range(10):
+        step(math.nan, 0.0, ce=2.0)
+    with pytest.raises(FloatingPointError, match='not finite, first a gradient in step 0'):
+        safe_step.check()
 
 
 def test_a_resumed_run_goes_on_counting():
     _, step, one = descent()
     for norm in (1.0, 2.0, math.nan, 4.0, math.inf):
         step(norm, 0.0, ce=norm)
-    _, _, other = descent()
+    _, again, other = descent()
     other.load_state_dict(torch.load(io.BytesIO(saved_bytes(one.state_dict())), weights_only=True))
-    assert other.state_dict() == one.state_dict() and (other.taken, other.skipped, other.in_a_row) == (3, 2, 1)
+    assert other.state_dict() == one.state_dict() and counted(other) == (3, 2, 1)
+    for _ in range(9):
+        again(math.nan, 0.0, ce=1.0)
+    with pytest.raises(FloatingPointError, match='^10 steps .* first ce in step 4; '):
+        other.check()
 
 
 def saved_bytes(value):
@@ -300,7 +373,7 @@ def saved_bytes(value):
 def saving():
     """Makes a Saving that ends with the test."""
     made = []
-    yield lambda every=5, seconds=0.0: made.append(runtime.Saving(every, seconds, CPU)) or made[-1]
+    yield lambda every=5, seconds=0.0: made.append(runtime.Saving(every, seconds)) or made[-1]
     for one in reversed(made):
         one.end()
 

@@ -100,11 +100,12 @@ def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, tr
     assert torch.equal(data.to_uint8(wanted), images[[4, 17]])
 
 
-def test_compiled_blocks_draw_the_same_pictures(samples, whole, monkeypatch):
-    """Traced as they are to be compiled; that C++ which comes of it takes half a minute, and test_training.py has some."""
-    compiled, compile_module = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda block: compiled.append(block) or compile_module(block, backend='aot_eager'))
-    assert samples('--compile=True') == whole.read_bytes() and len(compiled) == 2
+def test_the_compiled_loop_is_one_graph_and_draws_the_same_pictures(samples, whole, monkeypatch):
+    """Traced as it is to be compiled; the C++ which comes of it takes half a minute, and test_training.py has some."""
+    compiled, compile_function = [], torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, mode, dynamic: (
+        compiled.append(function.__name__), compile_function(function, backend='aot_eager', fullgraph=True, dynamic=dynamic))[1])
+    assert samples('--compile=True') == whole.read_bytes() and compiled == ['sample']
 
 
 def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypatch):
@@ -160,30 +161,35 @@ def test_another_seed_gives_other_pictures(samples, whole):
 # -----------------------------------------------------------------------------
 # one generator a picture
 
+def uniform(seed, numbers, count):
+    """What generate() draws codes by, of a list of generators."""
+    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in sample_generators(seed, numbers)])
+
+
 def test_a_picture_of_its_own_generator_draws_the_same_in_any_batch():
     logits = filter_logits(3 * torch.randn(5, 40, 30, generator=runtime.generator(1)), 20, 0.9)
-    together = draw(logits, sample_generators(0, range(5)))
-    alone = [draw(logits[i:i + 1], sample_generators(0, [i])) for i in range(5)]
+    together = draw(logits, uniform(0, range(5), 40))
+    alone = [draw(logits[i:i + 1], uniform(0, [i], 40)) for i in range(5)]
     assert together.dtype == torch.int64 and torch.equal(together, torch.cat(alone))
     assert (logits.gather(2, together[..., None]) > -torch.inf).all()
 
 
 def test_a_list_of_generators_draws_from_the_same_distribution_as_one():
     share = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    tokens = draw(share.log().expand(40, 1000, 6), sample_generators(3, range(40)))
+    tokens = draw(share.log().expand(40, 1000, 6), uniform(3, range(40), 1000))
     counts = torch.bincount(tokens.flatten(), minlength=6) / 40_000
     assert (counts[share == 0] == 0).all() and (counts - share).abs().max() < 5 * (0.25 / 40_000) ** 0.5
     logits, codes = torch.randn(1, 2, 4, generator=runtime.generator(2)), torch.eye(4)
-    mixed = smooth_codes(logits.expand(4000, 2, 4), 1.0, codes, sample_generators(4, range(4000))).mean(0)
+    numbers = torch.stack([torch.empty(2, 4).exponential_(generator=g) for g in sample_generators(4, range(4000))])
+    mixed = smooth_codes(logits.expand(4000, 2, 4), 1.0, codes, numbers).mean(0)
     assert (mixed - (2 * logits[0]).softmax(-1)).abs().max() < 0.05     # hard at the end: the share of each code
 
 
 @pytest.mark.parametrize('number, code', [(0.0, 1), (0.4999, 1), (0.5, 3), (0.7999, 3), (0.8001, 4), (1 - 2 ** -53, 4)])
-def test_a_number_is_read_off_the_cumulative_distribution(monkeypatch, number, code):
+def test_a_number_is_read_off_the_cumulative_distribution(number, code):
     """Codes of probability zero have no width, not even at the ends."""
-    monkeypatch.setattr(torch, 'rand', lambda *shape, generator, dtype: torch.full(shape, number, dtype=dtype))
     logits = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).log().view(1, 1, 6)
-    assert draw(logits, [None]).tolist() == [[code]]
+    assert draw(logits, torch.tensor([[number]], dtype=torch.float64)).tolist() == [[code]]
 
 
 # -----------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
         (F.mse_loss(picture, images) + vq).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
-        codebook.count(tokens, lambda hits: hits, decay=0.9)
+        codebook.count(codebook.histogram(tokens), decay=0.9)
         if step % 10 == 0:
             codebook.reseed([r.flatten(2).transpose(1, 2).flatten(0, 1) for r in residuals], generator, 0.03)
     assert error() < before / 4 and error() < images.var() / 3
@@ -299,15 +299,35 @@ def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
 
 def test_use_is_a_running_average_of_hits_summed_over_the_ranks():
     codebook = Codebook(4, 2, 2)
-    codebook.count([torch.tensor([[1], [1]]), torch.tensor([[0, 1], [3, 3]])], lambda hits: 2 * hits, decay=0.75)
+    codebook.count(2 * codebook.histogram([torch.tensor([[1], [1]]), torch.tensor([[0, 1], [3, 3]])]), decay=0.75)   # as of two ranks
     assert codebook.usage.tolist() == [[0, 1, 0, 0], [0.5, 0.5, 0, 1]]
-    codebook.count([torch.tensor([[0], [1]]), torch.tensor([[2, 2], [2, 2]])], lambda hits: hits, decay=0.5)
+    codebook.count(codebook.histogram([torch.tensor([[0], [1]]), torch.tensor([[2, 2], [2, 2]])]), decay=0.5)
     assert codebook.usage.tolist() == [[0.5, 1, 0, 0], [0.25, 0.25, 2, 0.5]]
+
+
+def test_a_histogram_counts_every_code_of_every_map():
+    codebook, tokens = Codebook(9, 2, 2), [torch.randint(9, (3, n), generator=seeded(n)) for n in (4, 25)]
+    hits = codebook.histogram(tokens)
+    assert hits.dtype == torch.float32 and hits.tolist() == [t.flatten().bincount(minlength=9).tolist() for t in tokens]
+
+
+@pytest.mark.parametrize('weight', [0, 0.0, torch.tensor(False), torch.tensor(0.0)], ids=repr)
+def test_a_step_without_weight_changes_no_codebook_and_no_scale(weight):
+    codebook, vectors = unused_codes()
+    before = codebook.usage.clone(), codebook.weight.detach().clone()
+    codebook.count(codebook.histogram(2 * [torch.arange(8)[None]]), weight)
+    assert codebook.reseed(vectors, seeded(), 0.03, weight) == 0
+    assert torch.equal(codebook.usage, before[0]) and torch.equal(codebook.weight, before[1])
+    alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
+    for scale in (torch.zeros(5), torch.arange(1.0, 6.0)):
+        alias.scale.copy_(scale)
+        alias.track_scale(torch.full((5,), 9.0), weight)
+        assert torch.equal(alias.scale, scale)
 
 
 def test_perplexity_is_the_vocabulary_for_even_use_and_one_for_a_single_code():
     codebook = Codebook(8, 2, 3)
-    codebook.count([torch.arange(8)[None].repeat(2, 3), torch.full((2, 9), 5), torch.tensor([[0, 1, 0, 1]])], lambda hits: hits)
+    codebook.count(codebook.histogram([torch.arange(8)[None].repeat(2, 3), torch.full((2, 9), 5), torch.tensor([[0, 1, 0, 1]])]))
     assert codebook.perplexity().tolist() == pytest.approx([8, 1, 2], rel=1e-5)
 
 
@@ -315,7 +335,7 @@ def unused_codes(dead=(1, 4, 6)):
     """A codebook of eight codes of which some were never taken, and vectors for two maps that lie far from all codes."""
     codebook = Codebook(8, 3, 2)
     alive = [code for code in range(8) if code not in dead]
-    codebook.count([torch.tensor([alive]), torch.tensor([alive])], lambda hits: 100 * hits)
+    codebook.count(100 * codebook.histogram([torch.tensor([alive]), torch.tensor([alive])]))
     return codebook, [torch.full((4, 3), 10.0) + torch.eye(4, 3), torch.full((400, 3), -10.0)]
 
 
@@ -342,7 +362,7 @@ def test_reseeding_is_a_function_of_its_generator():
 
 def test_few_vectors_of_a_coarse_map_are_drawn_as_often_as_many_of_a_fine_one():
     codebook = Codebook(400, 3, 2)
-    codebook.count([torch.tensor([[0]]), torch.tensor([[0]])], lambda hits: hits)
+    codebook.count(codebook.histogram([torch.tensor([[0]]), torch.tensor([[0]])]))
     assert codebook.reseed([torch.full((1, 3), 10.0), torch.full((500, 3), -10.0)], seeded(), 0.03) == 399
     assert 150 < (codebook.weight[1:, 0] > 0).sum() < 250
 
@@ -365,8 +385,12 @@ def alias_tokenizer(structure=None, **changes):
     torch.manual_seed(1)
     settings = dict(vocab_size=12, code_width=5, channels=12, channel_mult=(1, 1, 1)) | changes
     alias = trained_like(AliasTokenizer(structure or structure_tokenizer(), **settings))
-    alias.track_scale(alias.views(pictures()), lambda x: x)
+    alias.track_scale(energies(alias.views(pictures())))
     return alias
+
+
+def energies(views):
+    return torch.stack([view.square().mean() for view in views])
 
 
 def test_alias_tokens_are_maps_of_all_scales_but_the_last():
@@ -395,10 +419,19 @@ def test_alias_maps_are_looked_up_one_by_one():
 def test_alias_scale_follows_the_standard_deviation_of_every_view():
     alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
     views = [torch.full((2, 3, 4, 4), s) for s in (1.0, 2.0, 3.0, 4.0, 5.0)]
-    alias.track_scale(views, lambda x: x)
+    alias.track_scale(energies(views))
     assert alias.scale.tolist() == [1, 2, 3, 4, 5]          # the first step is taken whole
-    alias.track_scale([v * 2 for v in views], lambda x: x, decay=0.75)
+    alias.track_scale(energies([v * 2 for v in views]), decay=0.75)
     assert alias.scale.tolist() == [1.25, 2.5, 3.75, 5, 6.25]
+
+
+def test_before_anything_was_tracked_a_view_is_divided_by_its_own_deviation():
+    alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
+    views = alias.views(pictures())
+    first = alias.normalised(views, energies(views))
+    assert all(view.square().mean().item() == pytest.approx(1, rel=1e-4) for view in first)
+    alias.track_scale(energies(views))                      # from now on it is the running one, whatever the batch holds
+    assert same(alias.normalised(views, 4 * energies(views)), first) and same(alias.normalised(views), first)
 
 
 def test_alias_scale_divides_before_and_multiplies_after_and_is_saved():
@@ -490,16 +523,16 @@ def test_many_pictures_go_through_the_networks_part_by_part(monkeypatch):
     assert sizes == [2, 2, 1] * 2 and all(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, parts))
 
 
-def test_recomputing_changes_no_gradient_and_keeps_less(monkeypatch):
+def test_checkpointing_changes_no_gradient_and_keeps_less(monkeypatch):
     monkeypatch.setattr(tokenizer, 'AT_ONCE', 2 * 16 * 16)
     images, found = torch.randn(4, 3, 16, 16, generator=seeded()), {}
-    for recompute in (False, True):
+    for grad_checkpoint in (False, True):
         torch.manual_seed(0)
         structure = StructureTokenizer(16, (1, 2, 4), 16, 4, 8, (1, 1, 1), 1, max_radius=60.0)
-        structure.recompute, kept = recompute, []
+        structure.grad_checkpoint, kept = grad_checkpoint, []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             picture, state_picture, vq, _, _ = structure(images, seeded(), 1)
         (F.mse_loss(picture, images) + state_picture.square().mean() + vq).backward()
-        found[recompute] = torch.cat([p.grad.flatten() for p in structure.parameters() if p.grad is not None]), sum(kept)
+        found[grad_checkpoint] = torch.cat([p.grad.flatten() for p in structure.parameters() if p.grad is not None]), sum(kept)
     (plain, all_kept), (again, few_kept) = found[False], found[True]
     assert plain.shape == again.shape and (plain - again).abs().max() < 1e-5 * plain.abs().max() and few_kept < 0.2 * all_kept
