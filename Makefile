@@ -11,6 +11,7 @@ help:
 	@echo 'make figures   draws the pictures of the README again, from what the demo (and the ablation) trained'
 	@echo 'make ablation  trains the rows of Tables 3 and 4 at desk scale, hours of it, in pieces that resume'
 	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
+	@echo 'make rehearsal runs the protocol of the README on two ranks of the CPU, everything small, stops and resumes it'
 	@echo 'make lint      looks for faults of form and unused names'
 	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
 
@@ -32,6 +33,9 @@ test: $(VENV)/installed
 
 chaos: $(VENV)/installed
 	$(python) tests/chaos.py
+
+rehearsal: $(VENV)/installed
+	$(python) tests/rehearsal.py
 
 lint: $(VENV)/installed
 	$(python) -m ruff check .
@@ -56,4 +60,4 @@ figures: $(VENV)/installed
 clean:
 	rm -rf $(OUT)
 
-.PHONY: help demo test chaos lint ablation figures clean
+.PHONY: help demo test chaos rehearsal lint ablation figures clean
