@@ -177,13 +177,13 @@ class Decoder(nn.Module):
         return self.conv_out(self.hidden(x))
 
 
-def compile_convolutions(tokenizers):
-    """Compiles their encoders and decoders in place: names of weights stay as they are."""
-    for part in tokenizers.modules():
-        if isinstance(part, Encoder):
-            part.compile()
-        elif isinstance(part, Decoder):                     # it is called by its hidden() in training
-            part.hidden = torch.compile(part.hidden)
+def compile_convolutions(structure):
+    """Compiles Q_L's encoder and decoder in place: names of weights stay as they are.
+
+    Not Q_A's: its views come in K − 1 sizes, each of which would have to be compiled, and are a twentieth of the work.
+    """
+    structure.encoder.compile()
+    structure.decoder.hidden = torch.compile(structure.decoder.hidden)      # by which it is called in training
 
 
 # -----------------------------------------------------------------------------

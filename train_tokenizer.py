@@ -82,7 +82,7 @@ save_seconds = 1800.0           # and seconds, whichever is first; 0: steps alon
 log_every = 20                  # steps between log lines
 log_to = ''                     # tensorboard | wandb: show what is logged there too, if it is installed
 # system
-compile = False                 # compile encoders and decoders: minutes of waiting, then faster steps
+compile = False                 # compile Q_L's encoder and decoder: minutes of waiting, then faster steps
 grad_checkpoint = False         # keep nothing inside encoders and decoders for the backward pass: a third more work, far less memory
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
@@ -166,7 +166,7 @@ def set_up(dev):
     run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay) if lambda_gan else None
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
     if compile:
-        compile_convolutions(run.tokenizers)
+        compile_convolutions(run.structure)
     return run
 
 
