@@ -549,12 +549,12 @@ def blame(path):
         raise UserError(f'{path} holds no {error}: it was made by another version of this code') from None
 
 
-def load_checkpoint(path, kind, made_by=''):
+def load_checkpoint(path, kind, made_by='', shared=False):
     """Reads what save_checkpoint wrote, its tensors on the CPU; checkpoint['kind'] must equal kind.
 
     Falls back to PATH.previous, with a warning, when the newest is truncated or gone. Never runs code from the
     file. Raises UserError naming the file: missing (then `made_by` says which script writes it), unreadable,
-    or of another kind.
+    or of another kind. shared: see read_weights.
     """
     candidates = [file for file in (Path(path), previous(path)) if file.is_file()]
     if not candidates:
@@ -562,7 +562,7 @@ def load_checkpoint(path, kind, made_by=''):
     if candidates[0] != Path(path):
         print(f'warning: {path} is gone; going back to {candidates[0]}', file=sys.stderr)
     for file in candidates:
-        checkpoint = read_weights(file, errors=candidates[-1] == file)
+        checkpoint = read_weights(file, candidates[-1] == file, shared)
         if checkpoint is not None:
             break
         print(f'warning: {file} is damaged; going back to {candidates[-1]}', file=sys.stderr)
@@ -572,17 +572,17 @@ def load_checkpoint(path, kind, made_by=''):
     return checkpoint
 
 
-def read_weights(path, errors=True):
+def read_weights(path, errors=True, shared=False):
     """torch.load of tensors and plain values only, on the CPU. A damaged file: UserError, or None if errors=False.
 
-    The file is mapped into memory, so that all ranks of a machine share one copy of it.
+    shared: the file is mapped into memory, so that all ranks of a machine have one copy of it; nobody may write into it then.
     """
     try:
         if whole := zipfile.is_zipfile(path):               # torch writes checksums, but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=whole)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=whole and shared)
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except Exception as error:                 # zip, pickle and torch each raise their own kinds

@@ -235,7 +235,7 @@ def validate(run, batches, dev):
 
 def resume(run, state_file):
     """Takes up a stopped run; returns (step, figures) of its checkpoint."""
-    saved = runtime.load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py')
+    saved = runtime.load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
     runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
     runtime.load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
     run.scaler.load_state_dict(saved['scaler'])

@@ -257,10 +257,10 @@ def flops_per_image(run):
         meta.lpips.to('meta')
     with torch.device('meta'):
         meta.structure, meta.alias = build_tokenizers(config)
-        meta.discriminator = PatchDiscriminator(gan_channels)
-        image = torch.empty(1, 3, image_size, image_size)
-        return runtime.count_flops(lambda: (losses(meta, image, None, steps)[0] + lambda_gan * discriminator_loss(
-            meta.discriminator, image, image)).backward())
+        image, none = torch.empty(1, 3, image_size, image_size), torch.zeros(())
+        meta.discriminator = PatchDiscriminator(gan_channels) if lambda_gan else None
+        return runtime.count_flops(lambda: (losses(meta, image, None, steps)[0] + (
+            discriminator_loss(meta.discriminator, image, image) if lambda_gan else none)).backward())
 
 
 @torch.no_grad()
@@ -311,7 +311,7 @@ def check_settings():
 
 def resume(run, state_file):
     """Takes up a stopped run; returns (step, figures) of its checkpoint."""
-    saved = runtime.load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py')
+    saved = runtime.load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
     runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
     for name, network in run.networks.items():
         runtime.load_weights(network, saved[name], state_file)

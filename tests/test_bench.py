@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import bench
+import runtime
 from configurator import UserError
+from fakegpu import FakeGPU
 
 CPU = torch.device('cpu')
 STAGE_1 = '''
@@ -52,10 +54,10 @@ def test_the_plain_transcription_trains_and_samples_the_same(small):
     assert all(map(torch.equal, ours_drawn, plain_drawn))
 
 
-def test_a_matrix_product_has_two_operations_a_multiplication():
+def test_a_matrix_product_has_two_operations_a_multiplication(counted):
     a, b = torch.zeros(5, 7), torch.zeros(7, 11, requires_grad=True)
-    assert bench.flops(lambda: a @ b) == 2 * 5 * 7 * 11
-    assert bench.flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 5 * 7 * 11
+    assert runtime.count_flops(lambda: a @ b) == 2 * 5 * 7 * 11
+    assert runtime.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 5 * 7 * 11
 
 
 def test_times_are_medians_of_repeats_after_a_warm_up(monkeypatch):
@@ -82,9 +84,20 @@ def test_an_unknown_part_is_named(monkeypatch):
         bench.main()
 
 
-def test_memory_shrinks_with_recomputing_and_with_fsdp_and_cost_grows_with_depth(monkeypatch, capsys):
-    monkeypatch.setattr(bench, 'PAPER', {name: ('tokenizer_256', name) for name in ('d12', 'd16')})
+def test_what_is_computed_grows_with_the_depth(monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'STAGE_1', ())
+    monkeypatch.setattr(bench, 'STAGE_2', {name: 'tokenizer_256' for name in ('d12', 'd16')})
     d12, d16 = bench.growth()
     assert d12['tokens'] == 680 and 370e6 < d16['parameters'] < 380e6
-    assert d16['gib'] == sorted(d16['gib'], reverse=True) and d12['flop_an_image'] < d16['flop_an_image'] and d12['hours'] < d16['hours']
+    assert all(d12[name] < d16[name] for name in ('parameters', 'tflop_per_image', 'hours', 'gib', 'gib_validation', 'disk_gb'))
     assert 'computed, not measured' in capsys.readouterr().out
+
+
+def test_memory_shrinks_with_checkpointing_and_with_fsdp(monkeypatch):
+    settings, taken = bench.settings, []
+    for changes in (dict(), dict(grad_checkpoint=True), dict(grad_checkpoint=True, fsdp=True)):
+        of_stage = {bench.train_tokenizer: {}, bench.train_fvar: changes}
+        monkeypatch.setattr(bench, 'settings', lambda script, file: settings(script, file) | of_stage[script])
+        with FakeGPU() as gpu:
+            taken.append(bench.stage2_on_a_gpu(gpu, 'config/tokenizer_256.py', 'config/d16.py')[1]['bytes'] / 2 ** 30)
+    assert taken == sorted(taken, reverse=True) and len(set(taken)) == 3 and taken[-1] > 1

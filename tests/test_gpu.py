@@ -227,7 +227,7 @@ def test_samples_are_drawn_as_many_at_a_time_as_fit(gpu, name, most):
         student = bench.build_student(bench.settings(train_fvar, f'config/{name}.py'), structure, 1000).eval()
     at_once = pictures_at_once(student)
     assert 1 < at_once <= most and sample.batch_size == evaluate.batch_size == 0
-    if name in ('d16', 'd36_512', 'd16_1024'):
+    if name == 'd36_512':
         gpu.start()
         before, labels = gpu.live, torch.zeros(at_once, dtype=torch.int64, device='cuda')
         student.generate(structure, labels, generator=sample_generators(0, range(at_once)))         # in float32
@@ -269,3 +269,26 @@ def test_encoder_and_decoder_compile_whole(monkeypatch):
     tokenizer.compile_convolutions(structure)
     structure.train().autoencode(torch.zeros(2, 3, 24, 24)).sum().backward()
     assert counter.frame_count == 2 and structure.encoder.conv_in.weight.grad.isfinite().all()
+
+
+# -----------------------------------------------------------------------------
+# MFU
+
+@pytest.mark.parametrize('script, settings', [(train_tokenizer, STAGE1 | GAN), (train_fvar, STAGE2)], ids=['stage 1', 'stage 2'])
+def test_operations_per_image_are_those_of_a_step(configured, counted, script, settings):
+    """Counted on shapes alone, for the log's MFU; and counted as a step of one pass computes them."""
+    with FakeGPU() as gpu:
+        configured(script, **settings | CUDA | dict(warm_start=0) if script is train_tokenizer else settings | CUDA)
+        with gpu.building():
+            tokenizers = build_tokenizers(settings_of(train_tokenizer, STAGE1))
+            ready = script.set_up(gpu.device, *([*tokenizers, 4] if script is train_fvar else []))
+        if script is train_fvar:
+            batch = [torch.zeros(8, *size, dtype=torch.int64, device=gpu.device) for size in ((49,), (13,), ())]
+            gpu.start()
+            train_fvar.train_step(ready, ready.network, 0, batch)
+        else:
+            gpu.start()
+            train_tokenizer.train_step(ready, 5, torch.empty(4, 3, 24, 24, device=gpu.device))
+        of_step = gpu.flops / script.batch_size
+    arguments = [*tokenizers, 4] if script is train_fvar else [ready]
+    assert script.flops_per_image(*arguments) == pytest.approx(of_step, rel=0.1)

@@ -299,7 +299,8 @@ def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
 
 def test_use_is_a_running_average_of_hits_summed_over_the_ranks():
     codebook = Codebook(4, 2, 2)
-    codebook.count(2 * codebook.histogram([torch.tensor([[1], [1]]), torch.tensor([[0, 1], [3, 3]])]), decay=0.75)   # as of two ranks
+    of_one_rank = codebook.histogram([torch.tensor([[1], [1]]), torch.tensor([[0, 1], [3, 3]])])
+    codebook.count(2 * of_one_rank, decay=0.75)
     assert codebook.usage.tolist() == [[0, 1, 0, 0], [0.5, 0.5, 0, 1]]
     codebook.count(codebook.histogram([torch.tensor([[0], [1]]), torch.tensor([[2, 2], [2, 2]])]), decay=0.5)
     assert codebook.usage.tolist() == [[0.5, 1, 0, 0], [0.25, 0.25, 2, 0.5]]
