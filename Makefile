@@ -12,6 +12,7 @@ help:
 	@echo 'make ablation  trains the rows of Tables 3 and 4 at desk scale, hours of it, in pieces that resume'
 	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
 	@echo 'make rehearsal runs the protocol of the README on two ranks of the CPU, everything small, stops and resumes it'
+	@echo 'make growth    memory, FLOPs and hours of every configuration on eight A100, computed on a GPU that is not there'
 	@echo 'make lint      looks for faults of form and unused names'
 	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
 
@@ -40,6 +41,10 @@ rehearsal: $(VENV)/installed
 lint: $(VENV)/installed
 	$(python) -m ruff check .
 
+growth: $(VENV)/installed
+	EVERY_SIZE=1 $(python) -m pytest -q tests/test_gpu_memory.py
+	$(python) bench.py --parts=growth
+
 ablation: $(VENV)/installed
 	$(python) ablation.py --processes=2
 
@@ -60,4 +65,4 @@ figures: $(VENV)/installed
 clean:
 	rm -rf $(OUT)
 
-.PHONY: help demo test chaos rehearsal lint ablation figures clean
+.PHONY: help demo test chaos rehearsal growth lint ablation figures clean

@@ -369,7 +369,7 @@ class SafeStep:
 
     def __init__(self, optimizer, scaler, grad_clip):
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
-        device = optimizer.param_groups[0]['params'][0].device
+        device = next(parameter for group in optimizer.param_groups for parameter in group['params']).device
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)      # taken, skipped, bad in a row, first step of these
         self.names, self.first_terms = [], torch.zeros(0, device=device)    # the loss terms of that first step
 
@@ -405,9 +405,12 @@ class SafeStep:
     def count(self, finite, terms):
         taken, skipped, in_a_row, first_step = self.counts.unbind()
         first = ~finite & (in_a_row == 0)
-        now = torch.stack([self.first_terms.new_zeros(()), *(term.detach().float().mean() for term in terms.values())])
-        if self.names != list(terms):
-            self.names, self.first_terms = list(terms), now
+        new = [name for name in terms if name not in self.names]        # some terms begin in mid-run
+        self.names = self.names + new
+        self.first_terms = torch.cat([self.first_terms, self.first_terms.new_zeros(len(new))])
+        zero = self.first_terms.new_zeros(())
+        now = [terms[name].detach().float().mean() if name in terms else zero for name in self.names]
+        now = torch.stack(now) if now else self.first_terms
         self.first_terms = torch.where(first, now, self.first_terms)
         self.counts = torch.stack([taken + finite, skipped + ~finite, (in_a_row + 1) * ~finite,
                                    torch.where(first, taken + skipped, first_step)])
@@ -420,7 +423,7 @@ class SafeStep:
         _, skipped, in_a_row, first_step = self.counts.tolist()
         # a float16 scaler starts too high on purpose and skips its way down: not an alarm
         if in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            bad = all_reduce(1 - self.first_terms.isfinite().float())[1:].tolist()
+            bad = all_reduce(1 - self.first_terms.isfinite().float()).tolist()
             culprits = ', '.join(name for name, count in zip(self.names, bad) if count) or 'a gradient'
             raise FloatingPointError(f'{in_a_row} steps in a row had a loss or gradient that is not finite, first {culprits} in step '
                                      f'{first_step}; the last checkpoint is intact: lower --lr, or use --dtype=float32')

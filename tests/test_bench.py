@@ -95,9 +95,9 @@ def test_what_is_computed_grows_with_the_depth(monkeypatch, capsys):
 
 def test_memory_shrinks_with_checkpointing_and_with_fsdp(monkeypatch):
     settings, taken = bench.settings, []
-    for changes in (dict(), dict(grad_checkpoint=True), dict(grad_checkpoint=True, fsdp=True)):
+    for changes in (dict(), dict(grad_checkpoint=True, fsdp=True)):
         of_stage = {bench.train_tokenizer: {}, bench.train_fvar: changes}
         monkeypatch.setattr(bench, 'settings', lambda script, file: settings(script, file) | of_stage[script])
         with FakeGPU() as gpu:
             taken.append(bench.stage2_on_a_gpu(gpu, 'config/tokenizer_256.py', 'config/d16.py')[1]['bytes'] / 2 ** 30)
-    assert taken == sorted(taken, reverse=True) and len(set(taken)) == 3 and taken[-1] > 1
+    assert taken == sorted(taken, reverse=True) and taken[1] < 0.5 * taken[0] and taken[-1] > 1
