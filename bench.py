@@ -404,7 +404,8 @@ def observed(gpu, function):
 def growth():
     """Prints what every configuration of config/ needs on eight A100-80G, from whole training steps on a GPU that is not there."""
     runtime.say(f'computed, not measured: {GPUS} × A100-80G at {share:.0%} of their peak, the batch and the steps of the configuration\n'
-                f'{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} {"TFLOP/image":>12} {"hours":>6} {"disk, GB":>9}')
+                f'{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} {"TFLOP/image":>12} '
+                f'{"hours":>6} {"disk, GB":>9}')
     table = []
     for name in STAGE_1 + tuple(STAGE_2):
         gpu = FakeGPU()

@@ -38,7 +38,9 @@ HANDS = WeakIdKeyDictionary()   # the tensors that Python has had in its hands; 
 
 
 class FakeGPU(TorchDispatchMode):
-    """peak, live: bytes of tensors. flops: operations of matrix products, convolutions and attention, as executed. waits: {operation: how often}, 'upload' being a copy to the GPU that the CPU waits for, and
+    """peak, live: bytes of tensors. flops: operations of matrix products, convolutions and attention, as executed.
+
+    waits: {operation: how often}, 'upload' being a copy to the GPU that the CPU waits for, and
     'download' one to the CPU. What is fetched from the GPU is made up: True, 1.0 or 0.
 
     Autograd looks after streams of a device that it takes for a GPU, and there are none. So its nodes are told 'meta': a tensor

@@ -39,8 +39,8 @@ def world_size():
 
 
 def all_reduce(tensor, average=False):
-    """Sums (or averages) a tensor over all ranks, in place; returns it."""
-    if dist.is_initialized():
+    """Sums (or averages) a tensor over all ranks, in place; returns it. One without data stays as it is."""
+    if dist.is_initialized() and not tensor.is_meta:
         dist.all_reduce(tensor)
         if average:
             tensor /= world_size()

@@ -336,7 +336,9 @@ def in_parts(function, x, side, grad_checkpoint):
     if learns and not grad_checkpoint:
         return function(x)
     parts = x.split(max(1, AT_ONCE // side ** 2))
-    return torch.cat([checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) if learns else function(part) for part in parts])
+    if not learns:
+        return torch.cat([function(part) for part in parts])
+    return torch.cat([checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def decode_in_parts(decoder, codes, side, grad_checkpoint, before=nn.Identity()):

@@ -109,7 +109,8 @@ def test_no_step_of_stage_1_waits(gpu, configured, settings):
 
 def test_checkpoints_save_memory_with_the_gan_on(gpu, configured, monkeypatch):
     """The adaptive weight asks for the gradient of the last convolution alone: nothing is computed again for it, and kept."""
-    large = GAN | dict(image_size=96, patch_nums=(2, 3, 6), channels=32, channel_mult=(1, 1, 1, 1, 1), res_blocks=1, batch_size=8, warm_start=0, gan_start=5)
+    large = GAN | dict(image_size=96, patch_nums=(2, 3, 6), channels=32, channel_mult=(1, 1, 1, 1, 1), res_blocks=1, batch_size=8,
+                       warm_start=0, gan_start=5)
     monkeypatch.setattr(tokenizer, 'AT_ONCE', 4 * 96 ** 2)
     (with_gan, _), = stage1_steps(gpu, configured, (5,), **large, grad_checkpoint=True)
     (kept, _), = stage1_steps(gpu, configured, (5,), **large, grad_checkpoint=False)
@@ -187,7 +188,8 @@ def test_sampling_never_waits(gpu, models, options, one_each):
 
 def test_editing_and_refocusing_never_wait(gpu, models):
     structure, _, student = models
-    photo, mask, labels = torch.empty(1, 3, 24, 24, device='cuda'), torch.zeros(24, 24, device='cuda'), torch.zeros(2, dtype=torch.int64, device='cuda')
+    photo, mask = torch.empty(1, 3, 24, 24, device='cuda'), torch.zeros(24, 24, device='cuda')
+    labels = torch.zeros(2, dtype=torch.int64, device='cuda')
     generator = torch.Generator('cuda').manual_seed(0)
     edited = editing.edit(student, structure, photo, mask, labels, generator=generator)
     refocused = editing.refocus(student, structure, photo.expand(2, -1, -1, -1), structure.radii[0], labels, generator=generator)

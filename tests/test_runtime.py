@@ -758,7 +758,8 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
 
 def test_out_of_memory_names_the_setting_to_lower(capsys):
     for settings, message in (({'batch_size': 8, 'num_samples': 0}, 'lower --batch_size or --num_samples'),
-                              ({'grad_accum_steps': 1, 'grad_checkpoint': False}, 'raise --grad_accum_steps (now 1) or set --grad_checkpoint=True'),
+                              ({'grad_accum_steps': 1, 'grad_checkpoint': False},
+                               'raise --grad_accum_steps (now 1) or set --grad_checkpoint=True'),
                               ({'batch_size': 8, 'image_size': 256}, 'lower --batch_size or --image_size')):
         scope = settings | {'torch': torch}
         exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)
