@@ -289,6 +289,7 @@ class VAR(nn.Module):
             chances.append(random(torch.Tensor.uniform_, n, dtype=torch.float64) if one_each else exponential(n))
             gumbels.append(exponential(n) if smooth else None)
         tokens, f_hat = self.sample(tokenizer.quantizer, labels, chances, gumbels, cfg, top_k, top_p, kv_cache, given)
+        tokens = [token_map.clone() for token_map in tokens]    # a replayed CUDA graph writes the next batch into the same memory
         if one_each and not smooth:                         # by themselves: in a batch their last bits depend on its size
             return tokens, torch.cat([tokenizer.decode([t[i:i + 1] for t in tokens]) for i in range(B)])
         return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
