@@ -43,10 +43,10 @@ lint: $(VENV)/installed
 
 growth: $(VENV)/installed
 	EVERY_SIZE=1 $(python) -m pytest -q tests/test_gpu_memory.py
-	$(python) bench.py --parts=growth
+	$(python) tests/growth.py
 
 ablation: $(VENV)/installed
-	$(python) ablation.py --processes=2
+	$(python) -m experiments.ablation --processes=2
 
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
@@ -60,7 +60,7 @@ figures: $(VENV)/installed
 	$(python) pyramid.py text --image_size=32 --blur=2 --out=$(OUT)/blurred.png
 	$(call run,sample) --per_class=6 --refocus=$(OUT)/blurred.png --radius=2
 	cp $(OUT)/refocus.png figures/refocusing.png
-	test ! -d out-ablation || $(python) ablation.py --figures
+	test ! -d out-ablation || $(python) -m experiments.ablation --figures
 
 clean:
 	rm -rf $(OUT)

@@ -51,7 +51,7 @@ def read_settings(source_file):
 def settings_of_all_scripts():
     """Names of the settings of every script in this folder: what a shared config file may set."""
     names = set()
-    for file in HERE.glob('*.py'):
+    for file in (*HERE.glob('*.py'), *HERE.glob('experiments/*.py')):
         names.update(read_settings(file))
     return names
 

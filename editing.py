@@ -99,6 +99,3 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     return result[..., :S, :S] + mean
 
 
-def unsharp(images, radius, amount=1.5):
-    """Unsharp masking: images + amount·(images − blurred by radius), the classical remedy that knows no PSF."""
-    return images + amount * (images - defocus(images, radius))

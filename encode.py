@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
+from util import runtime
+from util.checkpoint import atomic_write, digest, read_json, write_json
 from configurator import UserError, configure
 from data import close_table, fetch, normalize, open_dataset, open_table, undone_batches
 from tokenizer import load_tokenizers
@@ -52,7 +53,7 @@ def finish(partial, table, final):
     if len(good) == len(table):
         os.replace(partial, final)
     else:                                                   # a copy: a kill while rows move up would leave some twice
-        with runtime.atomic_write(final) as file:
+        with atomic_write(final) as file:
             for first in range(0, len(good), 4096):
                 file.write(table[good[first:first + 4096]].tobytes())
     return len(good)
@@ -62,7 +63,7 @@ def is_there(final, meta):
     """Whether an earlier run, stopped in the other split, has made the whole file."""
     description = final.with_suffix('.json')
     size = meta['rows'] * meta['columns'] * 2
-    return runtime.read_json(description) == meta and final.is_file() and final.stat().st_size == size
+    return read_json(description) == meta and final.is_file() and final.stat().st_size == size
 
 
 def encode_split(split, structure, alias, stage1, dev, autocast):
@@ -73,8 +74,8 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     meta = {'rows': rows, 'columns': columns, 'patch_nums': list(structure.patch_nums),
             'alias_patch_nums': list(alias.patch_nums), 'vocab_size': structure.quantizer.codebook.num_embeddings,
             'alias_vocab_size': alias.vocab_size, 'classes': dataset.classes, 'data': data or stage1['config']['data'],
-            'crops': per_image, 'seed': seed, 'batch_size': batch_size, 'tokenizer': runtime.digest(structure.state_dict()),
-            'alias_tokenizer': runtime.digest(alias.state_dict())}
+            'crops': per_image, 'seed': seed, 'batch_size': batch_size, 'tokenizer': digest(structure.state_dict()),
+            'alias_tokenizer': digest(alias.state_dict())}
     if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')
 
@@ -103,7 +104,7 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         kept = finish(partial, table, final)
         if kept < rows:
             runtime.say(f'warning: {rows - kept} of {rows} rows of {split} left out: their images can not be read')
-        runtime.write_json(final.with_suffix('.json'), meta | {'rows': kept})
+        write_json(final.with_suffix('.json'), meta | {'rows': kept})
         close_table(partial)
         runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
     runtime.barrier()

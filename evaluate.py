@@ -6,15 +6,12 @@
     python evaluate.py --samples=samples.npz                    # of sample.py or made elsewhere: .npz (arr_0), or a folder of PNGs
     python evaluate.py --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --distance=fid
     python evaluate.py --parts=tokenizer,samples --data=data/imagenet --vae=vae_ch160v4096z32.pth --init_from=var_d16.pth
-    python evaluate.py --parts=refocus
 
 tokenizer  PSNR and SSIM of held-out images, perplexity of every token map, distance of reconstructions
 student    held-out cross-entropy in nats a token for every token map, bits an image
 samples    FID, IS, precision and recall by torch-fidelity, when the Inception weights are on disk. Without them
            FD-cnn, the Fréchet distance between features of a small CNN trained here on the data: it compares runs on
            the same data, and must never be called FID. `recognised` is the share the CNN assigns to their class.
-refocus    (only when asked for) held-out images under a disk of known radius: what the student makes of them against
-           unsharp masking and Wiener deconvolution; PSNR, SSIM and edge sharpness. Goes to out_dir/refocus.json.
 
 Every distance stands beside that of reconstructions (what the tokenizer alone costs) and of real images that are not
 in the reference (the floor: what as many perfect samples would get). The reference is a split of the data, a folder, an
@@ -25,7 +22,6 @@ which holds all settings, versions and fingerprints (of weights, samples, refere
 """
 import hashlib
 import json
-import math
 import os
 import platform
 import tempfile
@@ -34,17 +30,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import runtime
+from util import runtime
+from util.checkpoint import digest, load_checkpoint, load_weights, save_checkpoint, write_json
 from configurator import UserError, configure
 from data import TokenDataset, balanced_labels, normalize, open_dataset, sample_generators, to_uint8
-from editing import consistent, refocus, unsharp, wiener
-from metrics import SmallCNN, frechet_distance, look, psnr, share, sharpness, ssim, statistics, torch_fidelity_metrics, train_cnn
-from model import load_deployed, pictures_at_once
-from picture_sets import (check_files, check_reference, check_samples, fingerprint, fingerprints, load_arrays, load_images,
+from util.metrics import SmallCNN, frechet_distance, look, psnr, share, ssim, statistics, torch_fidelity_metrics, train_cnn
+from model import FVAR, held_out_loss, pictures_at_once
+from published import load_deployed
+from util.picture_sets import (check_files, check_reference, check_samples, fingerprint, fingerprints, load_arrays, load_images,
                           read_reference, read_samples, spread)
-from pyramid import defocus
 from tokenizer import load_tokenizers
 
 # input and output
@@ -66,8 +61,6 @@ per_class = 100                 # how many of each class to sample; published FI
 cfg = 1.5                       # guidance strength, ramped up over the token maps; 0 is none
 top_k = 900                     # most likely codes kept; 0 is all
 top_p = 0.96                    # probability kept; 0 is all
-# refocusing
-refocus_images = 200            # held-out images that are put out of focus
 # distances
 distance = 'auto'               # fid | cnn | auto: fid if the Inception weights are on disk, else cnn
 inception_weights = 'weights/weights-inception-2015-12-05-6726825d.pth'  # torch hub's folder is looked in as well
@@ -117,16 +110,16 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
     settings = {'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
                 'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed}
     if os.path.isfile(path):
-        saved = runtime.load_checkpoint(path, 'cnn')
+        saved = load_checkpoint(path, 'cnn')
         if saved['settings'] == settings:
             cnn = SmallCNN(len(classes)).to(dev, memory_format=torch.channels_last)
-            runtime.load_weights(cnn, saved['cnn'], path)
+            load_weights(cnn, saved['cnn'], path)
             return cnn.eval(), saved['accuracy']
         runtime.say(f'{path} was trained on other data or with other settings: training it again, figures may shift')
     cnn = train_cnn(*train, len(classes), cnn_steps, cnn_batch, cnn_lr, device=dev, seed=cnn_seed,
                     augment=data_name.partition(':')[0] != 'charts')
     accuracy = share(look(cnn, held_out[0])[1] == held_out[1])
-    runtime.save_checkpoint(path, {'kind': 'cnn', 'settings': settings, 'accuracy': accuracy, 'cnn': cnn.state_dict()})
+    save_checkpoint(path, {'kind': 'cnn', 'settings': settings, 'accuracy': accuracy, 'cnn': cnn.state_dict()})
     return cnn, accuracy
 
 
@@ -149,7 +142,7 @@ def generate(student, structure, autocast):
 # the parts
 
 @torch.no_grad()
-def tokenizer_figures(structure, images, autocast):
+def tokenizer_metrics(structure, images, autocast):
     """(figures, reconstructions): PSNR (dB) and SSIM of uint8 images and what their tokens decode to; perplexity."""
     dev, sums, decoded = structure.quantizer.codebook.weight.device, np.zeros(2), []
     for part in images.split(batch_size or MOST):
@@ -163,63 +156,12 @@ def tokenizer_figures(structure, images, autocast):
             'perplexity': structure.quantizer.codebook.perplexity().tolist()}, torch.cat(decoded)
 
 
-@torch.no_grad()
-def student_figures(student, structure, token_dataset, autocast):
-    """Cross-entropy in nats a token, for every token map and over all; bits an image. All labels given, nothing dropped."""
-    dev, sums = student.head.weight.device, torch.zeros(len(student.lengths), dtype=torch.float64)
-    for rows in torch.arange(len(token_dataset)).split(batch_size or pictures_at_once(student)):
-        wanted, _, labels = (runtime.to_device(t, dev) for t in token_dataset.batch(rows.numpy()))
-        with autocast():
-            logits = student(labels, structure.token_inputs(list(wanted.split(student.lengths, 1))))
-        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction='none').view(wanted.shape)
-        sums += torch.stack([part.sum() for part in nats.split(student.lengths, 1)]).cpu()
-    nats_of_map = sums / len(token_dataset)                 # summed over the tokens of an image
-    return {'ce': (nats_of_map.sum() / sum(student.lengths)).item(), 'images': len(token_dataset),
-            'ce_per_map': (nats_of_map / torch.tensor(student.lengths)).tolist(),
-            'bits_an_image': nats_of_map.sum().item() / math.log(2)}
-
-
-@torch.no_grad()
-def refocus_figures(student, structure, images, autocast):
-    """Rows of figures, one for each blur (a focus state's radius, px; noise σ for images in [−1, 1]) and method.
-
-    images uint8 (N, 3, S, S) are blurred, made noisy and rounded to 8 bits, as a file would hold them. Wiener's filter is told
-    the PSF and the noise, and weighs it as a sweep found best; the student is told the radius, no class.
-    """
-    dev, rows = student.head.weight.device, []
-    for radius in sorted({r for r in structure.radii if r > 0.5}, reverse=True):
-        for noise in (0.0, 0.05):
-            drawn, methods, truth = runtime.generator(seed, 8), {}, []
-            for part in images.split(batch_size or pictures_at_once(student)):
-                x = normalize(runtime.to_device(part, dev))
-                blurred = defocus(x, radius, structure.kernel)
-                blurred = normalize(to_uint8(blurred + noise * torch.randn(x.shape, generator=drawn).to(dev)))
-                power = 3e-4 + 6 * noise ** 2 / x.var().item()     # best of a sweep, for charts and for photographs
-                labels = torch.full((len(x),), student.num_classes, device=dev)
-                sampling = {'cfg': 0, 'top_k': top_k, 'top_p': top_p, 'generator': torch.Generator(dev).manual_seed(seed)}
-                with autocast():
-                    drawn_anew = refocus(student, structure, blurred, radius, labels, noise=0, **sampling)
-                found = {'blurred': blurred, 'unsharp': unsharp(blurred, radius),
-                         'Wiener': wiener(blurred, radius, structure.kernel, power), 'student': drawn_anew,
-                         'student + Wiener': consistent(drawn_anew, blurred, radius, structure.kernel, power)}
-                for name, y in found.items():
-                    methods.setdefault(name, []).append(y.clamp(-1, 1).float().cpu())
-                truth.append(x.cpu())
-            truth = torch.cat(truth)
-            for name, y in methods.items():
-                y = torch.cat(y)
-                rows.append({'radius': radius, 'noise': noise, 'method': name, 'psnr': psnr(y, truth), 'ssim': ssim(y, truth),
-                             'sharpness': sharpness(y, truth), 'images': len(y)})
-    return rows
-
-
-def print_refocus(rows):
-    methods = list(dict.fromkeys(row['method'] for row in rows))
-    runtime.say(f'{rows[0]["images"]} held-out images out of focus: PSNR (dB) / SSIM / edge sharpness\n{"radius":>6} {"noise":>6}'
-                + ''.join(f'{name:>21}' for name in methods))
-    for i in range(0, len(rows), len(methods)):
-        cells = (f'{row["psnr"]:.2f} / {row["ssim"]:.2f} / {row["sharpness"]:.2f}' for row in rows[i:i + len(methods)])
-        runtime.say(f'{rows[i]["radius"]:6.3g} {rows[i]["noise"]:6.3g}' + ''.join(f'{cell:>21}' for cell in cells))
+def student_metrics(student, structure, token_dataset, autocast):
+    """held_out_loss of the student alone over all of a TokenDataset."""
+    rows = torch.arange(len(token_dataset)).split(batch_size or pictures_at_once(student))
+    batches = (token_dataset.batch(part.numpy()) for part in rows)
+    loss = held_out_loss(FVAR(student), structure, batches, student.head.weight.device, autocast)
+    return loss | {'images': len(token_dataset)}
 
 
 # set, and what it is measured against
@@ -267,10 +209,10 @@ def choose_parts():
     """The parts as a list, after a look at all settings; UserError for one that makes no sense."""
     chosen = [part.strip() for part in parts.split(',')]
     for part in chosen:
-        if part not in ('tokenizer', 'student', 'samples', 'refocus'):
-            raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples, or refocus')
-    if min(per_class, refocus_images, cnn_steps, cnn_batch) < 1 or real_images < 0:
-        raise UserError('--per_class, --refocus_images, --cnn_steps and --cnn_batch must be at least 1, '
+        if part not in ('tokenizer', 'student', 'samples'):
+            raise UserError(f'--parts={parts}: {part!r} is no part; give some of tokenizer,student,samples')
+    if min(per_class, cnn_steps, cnn_batch) < 1 or real_images < 0:
+        raise UserError('--per_class, --cnn_steps and --cnn_batch must be at least 1, '
                         '--real_images at least 0')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')
@@ -279,8 +221,6 @@ def choose_parts():
                         f'statistics (mu, sigma)')
     if runtime.world_size() > 1:
         raise UserError('evaluate.py is one process: start it with python, not with torchrun')
-    if 'refocus' in chosen and len(chosen) > 1:
-        raise UserError(f'--parts={parts}: refocus is measured by itself')
     return chosen
 
 
@@ -328,7 +268,7 @@ def check_classes(known, found, where):
 def open_tokens(folder, structure, classes):
     """The held-out token files, if they are of this tokenizer and these classes; else UserError."""
     dataset = TokenDataset(folder, 'val')
-    if dataset.meta['tokenizer'] != runtime.digest(structure.state_dict()):
+    if dataset.meta['tokenizer'] != digest(structure.state_dict()):
         raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
     check_classes(classes, dataset.classes, folder)
     return dataset
@@ -342,27 +282,23 @@ def main():
     if vae and not data:
         raise UserError(f'--vae={vae}: published files do not say what they were trained on; give it as --data=DIR')
     student = None
-    if vae or chosen == ['refocus'] or 'student' in chosen or ('samples' in chosen and not samples):
+    if vae or 'student' in chosen or ('samples' in chosen and not samples):
         structure, student, stage1, stage2 = load_deployed(out_dir, init_from, tokenizer, vae, patch_nums, dev)
     else:
         structure, _, stage1 = load_tokenizers(tokenizer_file, dev)
     data_name = data or stage1['config']['data']
     results = {'config': config, 'data': data_name, 'image_size': structure.image_size, 'versions': versions(),
                'device': torch.cuda.get_device_name(dev) if dev.type == 'cuda' else dev.type,
-               'tokenizer_step': stage1['step'], 'tokenizer_digest': runtime.digest(structure.state_dict()), 'warnings': []}
+               'tokenizer_step': stage1['step'], 'tokenizer_digest': digest(structure.state_dict()), 'warnings': []}
     if student:
-        results |= {'student_step': stage2['step'], 'student_digest': runtime.digest(student.state_dict())}
+        results |= {'student_step': stage2['step'], 'student_digest': digest(student.state_dict())}
 
     if 'student' in chosen:
         folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
-        results['student'] = figures = student_figures(student, structure, open_tokens(folder, structure, stage2['classes']), autocast)
-        runtime.say(f'student: {figures["ce"]:.3f} nats a token, {figures["bits_an_image"]:.0f} bits an image '
+        results['student'] = figures = student_metrics(student, structure, open_tokens(folder, structure, stage2['classes']), autocast)
+        runtime.say(f'student: {figures["ce"]:.3f} nats a token, {figures["bits_per_image"]:.0f} bits an image '
                     f'({figures["images"]} held-out images)\n  nats a token, for each token map: '
                     + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map']))
-    if chosen == ['refocus']:
-        images, _ = load_images(open_dataset(data_name, 'val', structure.image_size, augment=False), refocus_images, workers)
-        results['refocus'] = refocus_figures(student, structure, images, autocast)
-        print_refocus(results['refocus'])
     if 'tokenizer' in chosen or 'samples' in chosen:
         datasets = {split: open_dataset(data_name, split, structure.image_size, augment=False) for split in ('train', 'val')}
         classes = datasets['train'].classes
@@ -370,9 +306,8 @@ def main():
             check_classes(stage2['classes'], classes, data_name)
         real = {split: load_images(dataset, real_images, workers) for split, dataset in datasets.items()}
         evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results)
-    name = 'refocus.json' if chosen == ['refocus'] else 'results.json'
-    runtime.write_json(os.path.join(out_dir, name), results)
-    runtime.say(f'wrote {out_dir}/{name}')
+    write_json(os.path.join(out_dir, 'results.json'), results)
+    runtime.say(f'wrote {out_dir}/results.json')
 
 
 def evaluate_pictures(chosen, structure, student, real, data_name, classes, autocast, dev, results):
@@ -389,7 +324,7 @@ def evaluate_pictures(chosen, structure, student, real, data_name, classes, auto
     weights_path, cnn = choose_distance(only_statistics=against is None), None
     known = [] if against is None else fingerprints(against)
     results['reference'] = {'name': reference, 'images': len(known), 'fingerprint': fingerprint(known),
-                            'statistics_digest': runtime.digest(dict(zip(('mu', 'sigma'), moments))) if moments else None}
+                            'statistics_digest': digest(dict(zip(('mu', 'sigma'), moments))) if moments else None}
 
     if 'samples' in chosen:
         generated = read_samples(samples, structure.image_size, classes) if samples else generate(student, structure, autocast)
@@ -398,7 +333,7 @@ def evaluate_pictures(chosen, structure, student, real, data_name, classes, auto
 
     if not weights_path:
         cnn, accuracy = load_or_train_cnn(real['train'], real['val'], data_name, classes, dev)
-        results['cnn'] = {'accuracy': accuracy, 'digest': runtime.digest(cnn.state_dict())}
+        results['cnn'] = {'accuracy': accuracy, 'digest': digest(cnn.state_dict())}
         runtime.say(f'CNN for FD-cnn: recognises {100 * accuracy:.1f} % of {len(real["val"][0])} held-out images')
 
     num_features = 2048 if weights_path else cnn.head.in_features
@@ -411,7 +346,7 @@ def evaluate_pictures(chosen, structure, student, real, data_name, classes, auto
     # fewer images have a larger distance by chance alone, so every row gets as many as there are samples
     images, labels = real['val']
     if 'tokenizer' in chosen:
-        results['tokenizer'], decoded = tokenizer_figures(structure, images, autocast)
+        results['tokenizer'], decoded = tokenizer_metrics(structure, images, autocast)
         runtime.say('tokenizer: PSNR {psnr:.2f} dB, SSIM {ssim:.3f} ({images} held-out images)'.format(**results['tokenizer'])
                     + '\n  perplexity of each token map: ' + ' '.join(f'{p:.0f}' for p in results['tokenizer']['perplexity']))
         some = spread(labels, count)

@@ -5,13 +5,11 @@ before it. In training one pass sees all L = Σ p_k² positions under a block-ca
 own map and every earlier one. The student follows the published VAR (Tian et al. 2024) to the letter, so
 weights pass in both directions: load_official, to_official.
 
-Shapes: B batch, L positions, D width, V codes, C code width, H heads.
+Shapes: B batch, L positions, D embed_dim, V codes, C codebook_dim, H heads.
 """
 import copy
 import itertools
 import math
-import os
-import re
 
 import torch
 import torch.nn as nn
@@ -19,8 +17,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from runtime import blame, digest, load_checkpoint, load_weights, read_weights, to_device
-from tokenizer import StructureTokenizer, area, load_tokenizers
+from util.checkpoint import blame, digest, load_checkpoint, load_weights
+from util.runtime import to_device
+from tokenizer import area
 
 
 # -----------------------------------------------------------------------------
@@ -33,12 +32,12 @@ class SelfAttention(nn.Module):
     scale is VAR's 0.25/√(D/H).
     """
 
-    def __init__(self, width, heads, qk_norm):
+    def __init__(self, embed_dim, heads, qk_norm):
         super().__init__()
         self.heads, self.qk_norm = heads, qk_norm
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(embed_dim)), nn.Parameter(torch.zeros(embed_dim))
+        self.proj = nn.Linear(embed_dim, embed_dim)
         if qk_norm:
             self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
@@ -76,9 +75,9 @@ def block_causal_attention(q, k, v, maps, scale):
 
 
 class MLP(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, embed_dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(embed_dim, hidden), nn.Linear(hidden, embed_dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
@@ -95,26 +94,26 @@ class Block(nn.Module):
     With shared_aln (VAR's 512-px model) one projection serves all blocks and a block adds its own offset.
     """
 
-    def __init__(self, width, heads, mlp_ratio, qk_norm, shared_aln):
+    def __init__(self, embed_dim, heads, mlp_ratio, qk_norm, shared_aln):
         super().__init__()
-        self.attention = SelfAttention(width, heads, qk_norm)
-        self.mlp = MLP(width, round(width * mlp_ratio))
+        self.attention = SelfAttention(embed_dim, heads, qk_norm)
+        self.mlp = MLP(embed_dim, round(embed_dim * mlp_ratio))
         if shared_aln:
-            self.ada_offset = nn.Parameter(torch.randn(1, 1, 6, width) / width ** 0.5)
+            self.ada_offset = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim ** 0.5)
         else:
-            self.ada = nn.Linear(width, 6 * width)
+            self.ada = nn.Linear(embed_dim, 6 * embed_dim)
 
     def modulation(self, condition, shared):
         """γ₁, γ₂, scale₁, scale₂, shift₁, shift₂, each (B, 1, D). condition: silu of the class embedding (B, D)."""
-        six = self.ada_offset + shared if shared is not None else self.ada(condition).view(len(condition), 1, 6, -1)
-        return six.unbind(2)
+        modulation = self.ada_offset + shared if shared is not None else self.ada(condition).view(len(condition), 1, 6, -1)
+        return modulation.unbind(2)
 
-    def forward(self, x, condition, shared=None, maps=None, cache=None, keep=(1, 1), six=None):
-        """six: modulation(condition, shared), where it is known already. maps: block-causal attention over these (VAR.maps), else
-        all positions see all. keep: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six or self.modulation(condition, shared)
-        x = x + keep[0] * gamma1 * self.attention(modulate(x, scale1, shift1), maps, cache)
-        return x + keep[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
+    def forward(self, x, condition, shared=None, maps=None, cache=None, drop_path_mask=(1, 1), modulation=None):
+        """modulation: modulation(condition, shared), where it is known already. maps: block-causal attention over these (VAR.maps), else
+        all positions see all. drop_path_mask: what stochastic depth multiplies the two branches by, numbers or (B, 1, 1)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation or self.modulation(condition, shared)
+        x = x + drop_path_mask[0] * gamma1 * self.attention(modulate(x, scale1, shift1), maps, cache)
+        return x + drop_path_mask[1] * gamma2 * self.mlp(modulate(x, scale2, shift2))
 
 
 def compile_blocks(blocks):
@@ -153,32 +152,32 @@ class VAR(nn.Module):
     drop_path: stochastic depth of the last block, growing linearly from 0 (VAR: 0.1·depth/24, the default).
     """
 
-    def __init__(self, patch_nums, vocab_size=8192, code_width=32, num_classes=1000, depth=16, width=0, num_heads=0,
+    def __init__(self, patch_nums, vocab_size=8192, codebook_dim=32, num_classes=1000, depth=16, embed_dim=0, num_heads=0,
                  mlp_ratio=4.0, qk_norm=True, shared_aln=False, drop_path=-1.0):
         super().__init__()
-        width, num_heads = width or 64 * depth, num_heads or depth
-        if width % num_heads:
-            raise UserError(f'width={width} is not a multiple of num_heads={num_heads}')
+        embed_dim, num_heads = embed_dim or 64 * depth, num_heads or depth
+        if embed_dim % num_heads:
+            raise UserError(f'embed_dim={embed_dim} is not a multiple of num_heads={num_heads}')
         self.patch_nums, self.num_classes, self.num_heads = tuple(patch_nums), num_classes, num_heads
         self.drop_path, self.grad_checkpoint = 0.1 * depth / 24 if drop_path < 0 else drop_path, False
         self.lengths = [p * p for p in patch_nums]
-        self.word_embed = nn.Linear(code_width, width)
-        self.class_embed = nn.Embedding(num_classes + 1, width)
-        self.start = nn.Parameter(torch.empty(1, self.lengths[0], width))
-        self.pos_embed = nn.Parameter(torch.empty(1, sum(self.lengths), width))
-        self.scale_embed = nn.Embedding(len(patch_nums), width)
-        self.shared_ada = nn.Linear(width, 6 * width) if shared_aln else None
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, qk_norm, shared_aln) for _ in range(depth))
-        self.head_ada = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, vocab_size)
+        self.word_embed = nn.Linear(codebook_dim, embed_dim)
+        self.class_embed = nn.Embedding(num_classes + 1, embed_dim)
+        self.start = nn.Parameter(torch.empty(1, self.lengths[0], embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, sum(self.lengths), embed_dim))
+        self.scale_embed = nn.Embedding(len(patch_nums), embed_dim)
+        self.shared_ada = nn.Linear(embed_dim, 6 * embed_dim) if shared_aln else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qk_norm, shared_aln) for _ in range(depth))
+        self.head_ada = nn.Linear(embed_dim, 2 * embed_dim)
+        self.head = nn.Linear(embed_dim, vocab_size)
         self.register_buffer('map_of_position', map_of_position(patch_nums), persistent=False)
         self.register_buffer('mask', block_causal_mask(patch_nums[:-2]), persistent=False)      # the last two need none
         self.init_weights()
 
     def init_weights(self):
         """Every initial value, as VAR's training starts: truncated normals, and blocks that begin near the identity."""
-        width, depth = self.word_embed.out_features, len(self.blocks)
-        std = math.sqrt(1 / (3 * width))
+        embed_dim, depth = self.word_embed.out_features, len(self.blocks)
+        std = math.sqrt(1 / (3 * embed_dim))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -193,8 +192,8 @@ class VAR(nn.Module):
                 block.attention.proj.weight /= math.sqrt(2 * depth)
                 block.mlp.fc2.weight /= math.sqrt(2 * depth)
                 if self.shared_ada is None:
-                    block.ada.weight[:2 * width] *= 1e-5      # γ₁, γ₂
-                    block.ada.weight[2 * width:] *= 0.5
+                    block.ada.weight[:2 * embed_dim] *= 1e-5      # γ₁, γ₂
+                    block.ada.weight[2 * embed_dim:] *= 0.5
                 else:
                     block.ada_offset[:, :, :2] *= 1e-5
                     block.ada_offset[:, :, 2:] *= 0.5
@@ -228,8 +227,8 @@ class VAR(nn.Module):
         scale, shift = self.head_ada(condition).view(len(condition), 1, 2, -1).unbind(2)
         return self.head(modulate(x, scale, shift)).float()
 
-    def drop_path_factors(self, uniform):
-        """Stochastic depth: numbers (B, 2·depth), uniform in [0, 1) → 0 or 1/(1 − rate) each, to be passed as keep."""
+    def drop_path_mask(self, uniform):
+        """Stochastic depth: numbers (B, 2·depth), uniform in [0, 1) → 0 or 1/(1 − rate) each, to be passed as drop_path_mask."""
         rates = torch.linspace(0, self.drop_path, len(self.blocks), device=uniform.device).repeat_interleave(2)
         return (uniform >= rates) / (1 - rates)
 
@@ -239,23 +238,23 @@ class VAR(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **more)
         return block(*args, **more)
 
-    def hidden(self, labels, inputs, keep=None):
+    def hidden(self, labels, inputs, drop_path_mask=None):
         """Residual stream before block 1 and after every block: [(B, n, D)] · (depth + 1), and the condition."""
         embedding, condition, shared = self.condition(labels)
         x = self.embed(embedding, inputs)
         stream, maps = [x], self.maps(x.shape[1])
         for i, block in enumerate(self.blocks):
-            branches = (1, 1) if keep is None else keep[:, 2 * i:2 * i + 2, None, None].unbind(1)
-            stream.append(self.call(block, stream[-1], condition, shared, maps, keep=branches))
+            branches = (1, 1) if drop_path_mask is None else drop_path_mask[:, 2 * i:2 * i + 2, None, None].unbind(1)
+            stream.append(self.call(block, stream[-1], condition, shared, maps, drop_path_mask=branches))
         return stream, (condition, shared)
 
-    def forward(self, labels, inputs, keep=None):
+    def forward(self, labels, inputs, drop_path_mask=None):
         """Teacher-forced logits (B, p_1² + n, V).
 
         labels (B,) int64 (num_classes means no class); inputs (B, n, C) from tokenizer.token_inputs, n = L − p_1²
-        or a shorter run of whole maps; keep from drop_path_factors, in training.
+        or a shorter run of whole maps; drop_path_mask from drop_path_mask, in training.
         """
-        stream, (condition, _) = self.hidden(labels, inputs, keep)
+        stream, (condition, _) = self.hidden(labels, inputs, drop_path_mask)
         return self.logits(stream[-1], condition)
 
     # -- sampling
@@ -313,8 +312,8 @@ class VAR(nn.Module):
             guided = inputs.repeat(2, 1, 1) if cfg else inputs
             if kv_cache:
                 x = (self.word_embed(guided) if k else embedding[:, None] + self.start) + self.position(first, first + p * p)
-                for block, six, cache in zip(self.blocks, modulations, caches):
-                    x = block(x, condition, shared, cache=cache, six=six)
+                for block, modulation, cache in zip(self.blocks, modulations, caches):
+                    x = block(x, condition, shared, cache=cache, modulation=modulation)
                 logits = self.logits(x, condition)
             else:
                 logits = self(branches, guided)[:, first:]
@@ -404,8 +403,8 @@ def pictures_at_once(student, most=50):
 
     A picture has keys and values of every block, and some copies of the logits of its largest map, with its class and without.
     """
-    depth, length, width, codes = len(student.blocks), sum(student.lengths), student.head.in_features, student.head.out_features
-    floats = 2 * 2 * depth * length * width + 2 * 6 * student.lengths[-1] * codes
+    depth, length, embed_dim, codes = len(student.blocks), sum(student.lengths), student.head.in_features, student.head.out_features
+    floats = 2 * 2 * depth * length * embed_dim + 2 * 6 * student.lengths[-1] * codes
     return max(1, min(most, GENERATE_BYTES // (4 * floats)))
 
 
@@ -418,11 +417,11 @@ class AliasGateCrossAttention(nn.Module):
     W_O starts at zero, so a teacher starts as its student.
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, embed_dim, heads):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.gate, self.proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.query, self.key, self.value = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
+        self.gate, self.proj = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
@@ -464,7 +463,7 @@ class Teacher(nn.Module):
 
     def __init__(self, student, alias_vocab_size, alias_scales=2, teacher_blocks=2, shared_blocks=-1):
         super().__init__()
-        depth, maps, width = len(student.blocks), len(student.patch_nums), student.word_embed.out_features
+        depth, maps, embed_dim = len(student.blocks), len(student.patch_nums), student.word_embed.out_features
         shared_blocks = depth - teacher_blocks if shared_blocks < 0 else shared_blocks
         if not 1 <= teacher_blocks <= depth or shared_blocks > depth - teacher_blocks:
             raise UserError(f'teacher_blocks={teacher_blocks} and shared_blocks={shared_blocks} do not fit depth={depth}: '
@@ -474,7 +473,7 @@ class Teacher(nn.Module):
         self.shared_blocks, self.teacher_blocks = shared_blocks, teacher_blocks
         gated = range(depth - teacher_blocks, depth)
         self.blocks = nn.ModuleList(
-            TeacherBlock(student.blocks[i], AliasGateCrossAttention(width, student.num_heads) if i in gated else None)
+            TeacherBlock(student.blocks[i], AliasGateCrossAttention(embed_dim, student.num_heads) if i in gated else None)
             for i in range(shared_blocks, depth))
         self.head_ada, self.head = copy.deepcopy(student.head_ada), copy.deepcopy(student.head)
 
@@ -487,11 +486,11 @@ class Teacher(nn.Module):
         mask = map_of_query[:, None] >= map_of_alias[None, :]
         # two maps see all there is, and without a mask attention has faster ways
         self.register_buffer('alias_mask', mask if alias_scales > 2 else None, persistent=False)
-        self.alias_embed = nn.Embedding(alias_vocab_size, width)
-        self.alias_pos = nn.Parameter(torch.empty(1, len(map_of_alias), width))
-        self.alias_scale = nn.Embedding(maps, width)
+        self.alias_embed = nn.Embedding(alias_vocab_size, embed_dim)
+        self.alias_pos = nn.Parameter(torch.empty(1, len(map_of_alias), embed_dim))
+        self.alias_scale = nn.Embedding(maps, embed_dim)
         for weight in (self.alias_embed.weight, self.alias_pos, self.alias_scale.weight):
-            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * width)))
+            nn.init.trunc_normal_(weight, std=math.sqrt(1 / (3 * embed_dim)))
 
     def forward(self, stream, condition, shared, maps, alias_tokens, call=lambda block, *args: block(*args)):
         """stream, condition, shared: from student.hidden; maps: student.maps of all positions; call: student.call;
@@ -537,15 +536,15 @@ class FVAR(nn.Module):
         self.student, self.teacher = student, teacher
         self.lambda_feat, self.lambda_logit = lambda_feat, lambda_logit
 
-    def forward(self, labels, inputs, structure_tokens, alias_tokens, keep=None, trust=1.0):
+    def forward(self, labels, inputs, structure_tokens, alias_tokens, drop_path_mask=None, trust=1.0):
         """Terms of the loss by name, 'total' being their weighted sum, and 'per_map': student CE of every map (K,).
 
         labels (B,) with the dropped ones already num_classes; inputs from token_inputs; structure_tokens (B, L) and
-        alias_tokens (B, La) int64; keep from drop_path_factors; trust in [0, 1] scales both weights of distillation.
+        alias_tokens (B, La) int64; drop_path_mask from drop_path_mask; trust in [0, 1] scales both weights of distillation.
         Cross-entropies in nats a token.
         """
         student = self.student
-        stream, (condition, shared) = student.hidden(labels, inputs, keep)
+        stream, (condition, shared) = student.hidden(labels, inputs, drop_path_mask)
         logits = student.logits(stream[-1], condition)
         ce = F.cross_entropy(logits.flatten(0, 1), structure_tokens.flatten(), reduction='none').view(structure_tokens.shape)
         terms = {'ce': ce.mean()}
@@ -567,167 +566,33 @@ class FVAR(nn.Module):
 # the published VAR's weights
 
 # our name → published name, the first that matches
-TOKENIZER_NAMES = [
-    ('pre_quant', 'quant_conv'), ('post_quant', 'post_quant_conv'), ('quantizer.phi', 'quantize.quant_resi.qresi_ls'),
-    ('quantizer.codebook.weight', 'quantize.embedding.weight'), ('quantizer.codebook.usage', 'quantize.ema_vocab_hit_SV'),
-]
-STUDENT_NAMES = [
-    ('start', 'pos_start'), ('pos_embed', 'pos_1LC'), ('scale_embed', 'lvl_embed'), ('class_embed', 'class_emb'),
-    ('head_ada', 'head_nm.ada_lin.1'), ('shared_ada', 'shared_ada_lin.1'), ('ada_offset', 'ada_gss'), ('ada', 'ada_lin.1'),
-    ('attention.qkv', 'attn.mat_qkv'), ('attention.log_scale', 'attn.scale_mul_1H11'), ('attention', 'attn'), ('mlp', 'ffn'),
-]
-STUDENT_CONSTANTS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')      # published buffers that follow from the sizes
 
 
-def official_student_name(name):
-    for ours, theirs in STUDENT_NAMES:
-        if ours in name:
-            return name.replace(ours, theirs, 1)
-    return name
+@torch.no_grad()
+def held_out_loss(network, tokenizer, batches, device, autocast):
+    """Loss terms of an FVAR averaged over images: {'ce': nats per token, 'ce_per_map': list, 'bits_per_image': …}.
 
-
-def official_tokenizer_name(name, levels):
-    """The published name of a tokenizer weight; the published decoder numbers its levels from the image inwards."""
-    for ours, theirs in TOKENIZER_NAMES:
-        if name.startswith(ours + '.') or name == ours:
-            return theirs + name[len(ours):]
-    side = 'down' if name.startswith('encoder') else 'up'
-
-    def level(match):
-        number = int(match[2]) if side == 'down' else levels - 1 - int(match[2])
-        return f'{side}.{number}.' + (f'{side}sample.conv' if match[1] == 'samplers' else match[3])
-
-    name = re.sub(r'(levels|samplers)\.(\d+)(?:\.(blocks|attentions))?', level, name)
-    for ours, theirs in (('blocks', 'block'), ('attentions', 'attn'), ('middle.block', 'mid.block_'), ('shortcut', 'nin_shortcut'),
-                         ('middle.attention', 'mid.attn_1'), ('proj', 'proj_out')):
-        name = name.replace(ours, theirs)
-    return name
-
-
-def count_of(pattern, names):
-    """How many numbers the one group of a pattern takes over some names: blocks of a network. At least 1: if there
-    are none, number 0 will be missed by its name."""
-    return max(1, len({match[1] for name in names if (match := re.match(pattern, name))}))
-
-
-class Published(dict):
-    """A copy of a published state dict of which the name of one weight is known; asking it for one it lacks is a UserError."""
-
-    def __init__(self, state_dict, known, what):
-        if not isinstance(state_dict, dict) or known not in state_dict:
-            raise UserError(f'this is no published VAR {what} (it has no {known})')
-        super().__init__(state_dict)
-
-    def __missing__(self, name):
-        raise UserError(f'this state dict is not whole, or not as VAR publishes it: {name} is missing')
-
-
-def published_vae(state_dict):
-    return Published(state_dict, 'quantize.embedding.weight', 'tokenizer such as vae_ch160v4096z32.pth')
-
-
-def published_var(state_dict):
-    return Published(state_dict, 'word_embed.weight', 'transformer such as var_d16.pth')
-
-
-PUBLISHED_PATCH_NUMS = ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))   # at 256 and 512 px
-
-
-def published_patch_nums(var_state_dict):
-    """The token maps of a published transformer, which its weights do not tell: VAR's at 256 or 512 px, whichever fits."""
-    var = published_var(var_state_dict)
-    sizes = var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]
-    for patch_nums in PUBLISHED_PATCH_NUMS:
-        if sizes == (len(patch_nums), sum(p * p for p in patch_nums)):
-            return patch_nums
-    raise UserError(f'this transformer has {sizes[0]} token maps with {sizes[1]} tokens, as none of VAR\'s own: give --patch_nums')
-
-
-def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
-    """(StructureTokenizer, VAR) from the published state dicts; every size is read off names and shapes.
-
-    num_heads: where QK-norm's temperatures don't tell, VAR's rule, as many as blocks. Raises UserError when a
-    dictionary is not what it should be or belongs to other patch_nums.
+    batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)). Nothing is dropped.
     """
-    vae = published_vae(vae_state_dict)
-    student = load_official_student(var_state_dict, patch_nums, num_heads)
-    tokenizer = load_official_tokenizer(vae, patch_nums)
-    codebook, head, embed = tokenizer.quantizer.codebook.weight, student.head.weight, student.word_embed.weight
-    if (len(head), embed.shape[1]) != codebook.shape:
-        raise UserError(f'tokenizer ({len(codebook)} codes × {codebook.shape[1]}) and transformer ({len(head)} codes × '
-                        f'{embed.shape[1]}) do not belong together')
-    return tokenizer, student
-
-
-def load_official_tokenizer(vae_state_dict, patch_nums):
-    vae = published_vae(vae_state_dict)
-    vocab_size, code_width = vae['quantize.embedding.weight'].shape
-    channels, levels = vae['encoder.conv_in.weight'].shape[0], count_of(r'encoder\.down\.(\d+)\.', vae)
-    mult = tuple(vae[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // channels for i in range(levels))
-    tokenizer = StructureTokenizer(
-        image_size=patch_nums[-1] * 2 ** (levels - 1), patch_nums=patch_nums, vocab_size=vocab_size, code_width=code_width,
-        channels=channels, channel_mult=mult, res_blocks=count_of(r'encoder\.down\.0\.block\.(\d+)\.', vae),
-        phis=count_of(r'quantize\.quant_resi\.qresi_ls\.(\d+)\.', vae), pyramid='scale')
-    fill_official_tokenizer(tokenizer, vae)
-    return tokenizer.eval()
-
-
-def fill_official_tokenizer(tokenizer, vae_state_dict):
-    """Puts published weights into a StructureTokenizer of their sizes, whatever its pyramid. UserError if they don't fit."""
-    vae, levels = published_vae(vae_state_dict), len(tokenizer.encoder.levels)
-    hits = vae['quantize.ema_vocab_hit_SV']
-    if len(hits) != len(tokenizer.patch_nums):              # counts of other maps: VAR starts them anew as well
-        vae['quantize.ema_vocab_hit_SV'] = hits.new_zeros(len(tokenizer.patch_nums), hits.shape[1])
-    load_renamed(tokenizer, vae, lambda name: official_tokenizer_name(name, levels), 'tokenizer')
-
-
-def load_official_student(var_state_dict, patch_nums, num_heads=None):
-    var = published_var(var_state_dict)
-    length = sum(p * p for p in patch_nums)
-    if ((var['lvl_embed.weight'].shape[0], var['pos_1LC'].shape[1]) != (len(patch_nums), length)
-            or var['pos_start'].shape[1] != patch_nums[0] ** 2):
-        raise UserError(f'this transformer has {var["lvl_embed.weight"].shape[0]} token maps with {var["pos_1LC"].shape[1]} tokens, '
-                        f'patch_nums={tuple(patch_nums)} has {len(patch_nums)} with {length}: give the patch_nums it was trained with')
-    depth, (width, code_width) = count_of(r'blocks\.(\d+)\.', var), var['word_embed.weight'].shape
-    qk_norm = 'blocks.0.attn.scale_mul_1H11' in var
-    if num_heads is None:
-        num_heads = var['blocks.0.attn.scale_mul_1H11'].shape[1] if qk_norm else depth
-    student = VAR(patch_nums, var['head.weight'].shape[0], code_width, num_classes=var['class_emb.weight'].shape[0] - 1,
-                  depth=depth, width=width, num_heads=num_heads, mlp_ratio=var['blocks.0.ffn.fc1.weight'].shape[0] / width,
-                  qk_norm=qk_norm, shared_aln='shared_ada_lin.1.weight' in var)
-    load_renamed(student, var, official_student_name, 'transformer')
-    return student.eval()
-
-
-def load_renamed(module, published, published_name, what):
-    """Fills a module from a published state dict; UserError unless they hold the same names and shapes."""
-    name_of = {name: published_name(name) for name in module.state_dict()}
-    unexpected = [name for name in published if name not in name_of.values() and not name.endswith(STUDENT_CONSTANTS)]
-    missing = [name for name in name_of.values() if name not in published]
-    if unexpected or missing:
-        raise UserError(f'this is no {what} as VAR publishes it: '
-                        + (f'{missing[0]} is missing' if missing else f'unknown {unexpected[0]}'))
-    load_weights(module, {name: published[theirs] for name, theirs in name_of.items()}, f'the published {what}')
-
-
-def to_official(tokenizer, student):
-    """(vae_state_dict, var_state_dict) under the published names and shapes: load_official's inverse, bit for bit."""
-    vae, var = tokenizer.state_dict(), student.state_dict()
-    levels = len(tokenizer.encoder.levels)
-    official_vae = {official_tokenizer_name(name, levels): value for name, value in vae.items()}
-    official_var = {official_student_name(name): value for name, value in var.items()}
-    official_var['lvl_1L'] = student.map_of_position[None]
-    mask = block_causal_mask(student.patch_nums)
-    official_var['attn_bias_for_masking'] = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
-    for i, block in enumerate(student.blocks):
-        official_var[f'blocks.{i}.attn.zero_k_bias'] = torch.zeros_like(block.attention.q_bias)
-    return official_vae, official_var
+    network.eval()
+    sums, count = {}, 0
+    for batch in batches:
+        structure_tokens, alias_tokens, labels = (to_device(tensor, device) for tensor in batch)
+        inputs = tokenizer.token_inputs(list(structure_tokens.split(network.student.lengths, 1)))
+        with autocast():
+            terms = network(labels, inputs, structure_tokens, alias_tokens)
+        sums = {name: sums.get(name, 0) + value.double() * len(labels) for name, value in terms.items()}
+        count += len(labels)
+    ce_per_map = (sums.pop('per_map') / count).tolist()
+    bits = sum(ce * n for ce, n in zip(ce_per_map, network.student.lengths)) / math.log(2)
+    means = {name: value.item() / count for name, value in sums.items()}
+    return means | {'ce_per_map': ce_per_map, 'bits_per_image': bits}
 
 
 # -----------------------------------------------------------------------------
 # files
 
-STUDENT_SETTINGS = ('depth', 'width', 'num_heads', 'mlp_ratio', 'qk_norm', 'shared_aln', 'drop_path')
+STUDENT_SETTINGS = ('depth', 'embed_dim', 'num_heads', 'mlp_ratio', 'qk_norm', 'shared_aln', 'drop_path')
 
 
 def build_student(config, structure, num_classes):
@@ -748,26 +613,3 @@ def load_student(path, structure, device='cpu'):
     return student.to(device).eval(), checkpoint
 
 
-def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), device='cpu'):
-    """(StructureTokenizer, VAR in eval mode, checkpoint of the tokenizers, of the student): what sampling needs.
-
-    init_from: student.pt (default: the one in out_dir). tokenizer: tokenizer.pt (default: the one beside it). vae: instead
-    of it a published tokenizer; then init_from is a published transformer, classes are only numbers, and patch_nums are
-    VAR's own unless given. Raises UserError naming the file that is wrong.
-    """
-    if not vae:
-        if patch_nums:
-            raise UserError('--patch_nums goes with --vae: a tokenizer.pt knows its own')
-        student_file = init_from or os.path.join(out_dir, 'student.pt')
-        structure, _, stage1 = load_tokenizers(tokenizer or os.path.join(os.path.dirname(student_file), 'tokenizer.pt'), device)
-        student, stage2 = load_student(student_file, structure, device)
-        return structure, student, stage1, stage2
-    if not init_from or tokenizer:
-        raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, and no --tokenizer')
-    vae_weights, var_weights = read_weights(vae), read_weights(init_from)
-    try:
-        structure, student = load_official(vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
-    except UserError as error:
-        raise UserError(f'--vae={vae} --init_from={init_from}: {error}') from None
-    stage1, stage2 = {'config': {'data': ''}, 'step': 0}, {'classes': [str(c) for c in range(student.num_classes)], 'step': 0}
-    return structure.to(device, memory_format=torch.channels_last), student.to(device), stage1, stage2

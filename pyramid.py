@@ -225,7 +225,7 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
 
 def draw(images, patch_nums, radii, kernel, side=160):
     """A labelled PIL picture of the three rows for images (1, 3, S, S)."""
-    from pictures import picture_grid
+    from util.pictures import picture_grid
 
     focused, downsampled, alias = build_pyramid(images, patch_nums, radii, kernel=kernel)
     alias = [2 * view for view in alias]                    # small: drawn at twice its contrast, around grey
@@ -236,7 +236,7 @@ def draw(images, patch_nums, radii, kernel, side=160):
 
 
 def main():
-    from pictures import load_photo, save_png, to_picture
+    from util.pictures import load_photo, save_png, to_picture
 
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
@@ -250,5 +250,5 @@ def main():
 
 
 if __name__ == '__main__':
-    from runtime import run
+    from util.runtime import run
     run(main)

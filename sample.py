@@ -26,12 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
+from util import runtime
+from util.checkpoint import atomic_write, digest, write_weights
 from configurator import UserError, configure
 from data import balanced_labels, close_table, open_table, sample_generators, to_uint8, undone_batches
 from editing import edit as edit_photo, refocus as refocus_photo
-from model import compile_sampling, load_deployed, pictures_at_once, to_official
-from pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
+from model import compile_sampling, pictures_at_once
+from published import load_deployed, to_official
+from util.pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
 
 # input and output
 out_dir = 'out'                 # where the pictures go
@@ -134,7 +136,7 @@ def write_samples(structure, network, checkpoint, autocast, dev):
     labels, partial = balanced_labels(network.num_classes, num_samples, seed), path.with_suffix('.partial')
     made_with = {name: config[name] for name in ('num_samples', 'seed', 'cfg', 'top_k', 'top_p', 'smooth', 'dtype')}
     made_with |= {'device': dev.type, 'torch': torch.__version__, 'student_step': checkpoint['step'], 'image_size': size,
-                  'student': runtime.digest(network.state_dict()), 'tokenizer': runtime.digest(structure.state_dict())}
+                  'student': digest(network.state_dict()), 'tokenizer': digest(structure.state_dict())}
     table = open_table(partial, made_with, num_samples, size * size * 3 + 1, np.uint8, NOT_YET)
     at_once = batch_size or pictures_at_once(network)
     undone = undone_batches(table, at_once, NOT_YET)
@@ -151,7 +153,7 @@ def write_samples(structure, network, checkpoint, autocast, dev):
     runtime.barrier()
 
     if runtime.rank() == 0:
-        with runtime.atomic_write(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, table[:, :-1].reshape(-1, size, size, 3), labels.numpy(), made_with=np.array(json.dumps(made_with)))
         close_table(partial)
         runtime.say(f'wrote {path}: {num_samples} pictures, {num_samples // network.num_classes} of each class')
@@ -193,8 +195,8 @@ def write_published(structure, network):
     files = (f'vae_ch{structure.encoder.conv_in.out_channels}v{codebook.num_embeddings}z{codebook.embedding_dim}.pth',
              f'var_d{len(network.blocks)}.pth')
     for name, weights in zip(files, to_official(structure, network)):
-        with runtime.atomic_write(os.path.join(export, name)) as file:
-            runtime.write_weights(file, {key: value.contiguous().cpu() for key, value in weights.items()})
+        with atomic_write(os.path.join(export, name)) as file:
+            write_weights(file, {key: value.contiguous().cpu() for key, value in weights.items()})
     runtime.say(f'wrote {export}/{files[0]} and {export}/{files[1]}; token maps {",".join(map(str, structure.patch_nums))}')
 
 

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from pyramid import build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like, psf, reflect_pad
-from runtime import blame, load_checkpoint, load_weights, to_device
+from util.checkpoint import blame, load_checkpoint, load_weights
+from util.runtime import to_device
 
 
 # -----------------------------------------------------------------------------
@@ -127,9 +128,9 @@ def init_convolutions(network):
 
 
 class Encoder(nn.Module):
-    """(B, 3, p·f, p·f) → (B, code_width, p, p), f = 2^(len(channel_mult) − 1)."""
+    """(B, 3, p·f, p·f) → (B, codebook_dim, p, p), f = 2^(len(channel_mult) − 1)."""
 
-    def __init__(self, channels, channel_mult, res_blocks, code_width):
+    def __init__(self, channels, channel_mult, res_blocks, codebook_dim):
         super().__init__()
         widths = [channels * m for m in channel_mult]
         last = len(widths) - 1
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
                                     for i in range(len(widths)))
         self.samplers = nn.ModuleList(Downsample(width) for width in widths[:-1])
         self.middle = Middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], code_width, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], codebook_dim, 3, padding=1)
         init_convolutions(self)
 
     def forward(self, x):
@@ -151,12 +152,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, code_width, p, p) → (B, 3, p·f, p·f); its levels run from the lowest resolution to the highest."""
+    """(B, codebook_dim, p, p) → (B, 3, p·f, p·f); its levels run from the lowest resolution to the highest."""
 
-    def __init__(self, channels, channel_mult, res_blocks, code_width):
+    def __init__(self, channels, channel_mult, res_blocks, codebook_dim):
         super().__init__()
         widths = [channels * m for m in reversed(channel_mult)]
-        self.conv_in = nn.Conv2d(code_width, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(codebook_dim, widths[0], 3, padding=1)
         self.middle = Middle(widths[0])
         self.levels = nn.ModuleList(Level(([widths[0]] + widths)[i], widths[i], res_blocks + 1, i == 0)
                                     for i in range(len(widths)))
@@ -205,8 +206,8 @@ class Codebook(nn.Embedding):
     usage (maps, vocab_size): a running average of how many times a code was taken a step.
     """
 
-    def __init__(self, vocab_size, code_width, maps):
-        super().__init__(vocab_size, code_width)
+    def __init__(self, vocab_size, codebook_dim, maps):
+        super().__init__(vocab_size, codebook_dim)
         self.register_buffer('usage', torch.zeros(maps, vocab_size))
         nn.init.uniform_(self.weight, -1 / vocab_size, 1 / vocab_size)
 
@@ -270,11 +271,11 @@ class MultiScaleQuantizer(nn.Module):
     φ_k are `phis` 3×3 convolutions shared by neighbouring maps, applied as ½h + ½conv(h).
     """
 
-    def __init__(self, patch_nums, vocab_size, code_width, phis=4):
+    def __init__(self, patch_nums, vocab_size, codebook_dim, phis=4):
         super().__init__()
         self.patch_nums = tuple(patch_nums)
-        self.codebook = Codebook(vocab_size, code_width, len(patch_nums))
-        self.phi = nn.ModuleList(nn.Conv2d(code_width, code_width, 3, padding=1) for _ in range(phis))
+        self.codebook = Codebook(vocab_size, codebook_dim, len(patch_nums))
+        self.phi = nn.ModuleList(nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(phis))
         edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # the published rule
         self.ticks = np.linspace(edge, 1 - edge, phis).tolist()
 
@@ -362,7 +363,7 @@ class StructureTokenizer(nn.Module):
     Raises UserError when image_size, patch_nums and channel_mult do not belong together.
     """
 
-    def __init__(self, image_size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=8192, code_width=32,
+    def __init__(self, image_size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=8192, codebook_dim=32,
                  channels=160, channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4, pyramid='focus',
                  focus_input='image', focus_schedule='matched', max_radius=12.0, kernel='disk',
                  noise=(1e-3, 1e-2), beta=0.25):
@@ -379,11 +380,11 @@ class StructureTokenizer(nn.Module):
             self.radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
         # an unknown kernel, or one that does not fit the picture, is refused now and not in the first step
         reflect_pad(torch.empty(1, 1, image_size, image_size, device='meta'), psf(max(self.radii), kernel).shape[-1] // 2)
-        self.encoder = Encoder(channels, channel_mult, res_blocks, code_width)
-        self.decoder = Decoder(channels, channel_mult, res_blocks, code_width)
-        self.pre_quant = nn.Conv2d(code_width, code_width, 3, padding=1)
-        self.post_quant = nn.Conv2d(code_width, code_width, 3, padding=1)
-        self.quantizer = MultiScaleQuantizer(patch_nums, vocab_size, code_width, phis)
+        self.encoder = Encoder(channels, channel_mult, res_blocks, codebook_dim)
+        self.decoder = Decoder(channels, channel_mult, res_blocks, codebook_dim)
+        self.pre_quant = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
+        self.post_quant = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
+        self.quantizer = MultiScaleQuantizer(patch_nums, vocab_size, codebook_dim, phis)
 
     # -- the way in
 
@@ -499,7 +500,7 @@ class AliasTokenizer(nn.Module):
     of Table 3), instead of networks of its own.
     """
 
-    def __init__(self, structure, vocab_size=512, code_width=8, channels=64, channel_mult=(1, 1, 2, 2, 4),
+    def __init__(self, structure, vocab_size=512, codebook_dim=8, channels=64, channel_mult=(1, 1, 2, 2, 4),
                  res_blocks=1, beta=0.25, dual=True):
         super().__init__()
         check_sizes(structure.image_size, structure.patch_nums, channel_mult)
@@ -509,9 +510,9 @@ class AliasTokenizer(nn.Module):
         self._structure = (structure,)
         self.register_buffer('scale', torch.zeros(len(self.patch_nums)))
         if dual:
-            self.encoder = Encoder(channels, channel_mult, res_blocks, code_width)
-            self.decoder = Decoder(channels, channel_mult, res_blocks, code_width)
-            self.own_codebook = Codebook(vocab_size, code_width, len(self.patch_nums))
+            self.encoder = Encoder(channels, channel_mult, res_blocks, codebook_dim)
+            self.decoder = Decoder(channels, channel_mult, res_blocks, codebook_dim)
+            self.own_codebook = Codebook(vocab_size, codebook_dim, len(self.patch_nums))
 
     @property
     def codebook(self):
@@ -582,10 +583,10 @@ class AliasTokenizer(nn.Module):
 
 def build_tokenizers(config):
     """(StructureTokenizer, AliasTokenizer) from the settings of train_tokenizer.py."""
-    names = ('image_size', 'patch_nums', 'vocab_size', 'code_width', 'channels', 'channel_mult', 'res_blocks', 'phis',
+    names = ('image_size', 'patch_nums', 'vocab_size', 'codebook_dim', 'channels', 'channel_mult', 'res_blocks', 'phis',
              'pyramid', 'focus_input', 'focus_schedule', 'max_radius', 'kernel', 'noise', 'beta')
     structure = StructureTokenizer(**{name: config[name] for name in names if name in config})
-    alias = AliasTokenizer(structure, config['alias_vocab_size'], config['alias_code_width'], config['alias_channels'],
+    alias = AliasTokenizer(structure, config['alias_vocab_size'], config['alias_codebook_dim'], config['alias_channels'],
                            config['channel_mult'], config['alias_res_blocks'], config['beta'], config['dual'])
     return structure, alias
 

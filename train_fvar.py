@@ -8,7 +8,6 @@ Reads tokenizer.pt and, when encode.py has been run, its token files; without th
 step. Writes to out_dir: student.pt (the deployed network, nothing else), fvar_state.pt (for --init_from=resume)
 and fvar.jsonl (the log).
 """
-import math
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,10 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import runtime
+from util import runtime
+from util.checkpoint import Log, check_same, digest, load_checkpoint, load_training_state, load_weights, read_weights, resumes, save_checkpoint, training_state
 from configurator import UserError, configure
 from data import EndlessBatches, TokenDataset, batches, in_order, normalize, open_dataset
-from model import FVAR, Teacher, build_student, compile_blocks, load_official_student, load_student
+from model import FVAR, Teacher, build_student, compile_blocks, held_out_loss, load_student
+from published import load_official_student
 from tokenizer import load_tokenizers
 
 # input and output
@@ -31,9 +32,9 @@ data = ''                       # images, where there are no token files (defaul
 workers = 0                     # processes that decode images, where there are no token files
 # the student
 depth = 16                      # blocks
-width = 0                       # channels; 0 means 64·depth
+embed_dim = 0                       # channels; 0 means 64·depth
 num_heads = 0                   # attention heads; 0 means depth
-mlp_ratio = 4.0                 # hidden width of the MLP relative to width
+mlp_ratio = 4.0                 # hidden width of the MLP relative to embed_dim
 qk_norm = True                  # unit queries and keys, learned temperatures
 shared_aln = False              # one AdaLN projection for all blocks (VAR's 512-px model)
 drop_path = -1.0                # stochastic depth of the last block; −1 means VAR's 0.1·depth/24
@@ -122,7 +123,7 @@ class Images:
 def open_source(tokenizer_file, structure, alias, trained_on, dev, autocast):
     folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
     if os.path.isdir(folder) or tokens:
-        return TokenFiles(folder, runtime.digest(structure.state_dict()))
+        return TokenFiles(folder, digest(structure.state_dict()))
     runtime.say(f'no token files in {folder}: encoding images at every step (encode.py makes this several times faster)')
     return Images(data or trained_on, structure, alias, dev, autocast)
 
@@ -143,7 +144,7 @@ def start_from(student, saved, structure):
         runtime.say(f'{init_from} knows {len(classes)} classes, the data has {student.num_classes}: their embeddings start anew')
         fresh = student.class_embed.weight.detach()[:-1].to(none)
         weights['class_embed.weight'] = torch.cat([fresh, none]) if fresh.shape[1] == none.shape[1] else none
-    runtime.load_weights(student, weights, init_from)
+    load_weights(student, weights, init_from)
 
 
 # -----------------------------------------------------------------------------
@@ -184,9 +185,9 @@ def train_step(run, trained, step, batch):
     numbers, student = runtime.sample_numbers(step, batch_size), run.student
     uniform = runtime.draw(torch.rand, (1 + 2 * len(student.blocks),), numbers, labels.device, seed, 4)
     labels = torch.where(uniform[:, 0] < class_dropout, student.num_classes, labels)
-    keep, inputs = student.drop_path_factors(uniform[:, 1:]), token_inputs(run.structure, structure_tokens)
+    drop_path_mask, inputs = student.drop_path_mask(uniform[:, 1:]), token_inputs(run.structure, structure_tokens)
 
-    parts = zip(*(t.chunk(grad_accum_steps) for t in (labels, inputs, structure_tokens, alias_tokens, keep)))
+    parts = zip(*(t.chunk(grad_accum_steps) for t in (labels, inputs, structure_tokens, alias_tokens, drop_path_mask)))
     terms = {}                                              # averaged over the passes
     for i, part in enumerate(parts):
         last = i == grad_accum_steps - 1
@@ -210,37 +211,17 @@ def flops_per_image(structure, alias, num_classes):
         return runtime.count_flops(lambda: network(label, inputs, tokens, tokens[:, :sum(lengths[:-1])])['total'].backward())
 
 
-@torch.no_grad()
-def validate(run, batches, dev):
-    """Held-out loss terms averaged over pictures, in nats per token; 'ce_per_map' for each token map; bits an image.
-
-    Every rank does all of it: against eval_every steps of training that is nothing, and no rank has to wait.
-    """
-    run.network.eval()
-    sums, count = {}, 0
-    for batch in batches:
-        structure_tokens, alias_tokens, labels = (runtime.to_device(t, dev) for t in batch)
-        with run.autocast():
-            terms = run.network(labels, token_inputs(run.structure, structure_tokens), structure_tokens, alias_tokens)
-        sums = {name: sums.get(name, 0) + value.float() * len(labels) for name, value in terms.items()}
-        count += len(labels)
-    run.network.train()
-    per_map = (sums.pop('per_map') / count).tolist()
-    bits = sum(ce * p * p for ce, p in zip(per_map, run.structure.patch_nums)) / math.log(2)
-    return {name: value.item() / count for name, value in sums.items()} | {'ce_per_map': per_map, 'bits_an_image': bits}
-
-
 # -----------------------------------------------------------------------------
 # the run
 
 def resume(run, state_file):
-    """Takes up a stopped run; returns (step, figures) of its checkpoint."""
-    saved = runtime.load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
-    runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
-    runtime.load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
+    """Takes up a stopped run; returns (step, metrics) of its checkpoint."""
+    saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
+    check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
     run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
-    return saved['step'], saved['figures']
+    return saved['step'], saved['metrics']
 
 
 def main():
@@ -258,29 +239,29 @@ def main():
     if init_from not in ('scratch', 'resume', 'auto'):
         if not os.path.isfile(init_from):
             raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a student.pt or a published transformer')
-        start_weights = runtime.read_weights(init_from)
+        start_weights = read_weights(init_from)
     run = set_up(dev, structure, alias, len(source.classes), start_weights)
-    step, figures, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
-    if runtime.resumes(init_from, state_file):
-        step, figures = resume(run, state_file)
+    step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
+    if resumes(init_from, state_file):
+        step, metrics = resume(run, state_file)
     student, teacher = run.network.student, run.network.teacher
     runtime.say(f'student {count_parameters(student):.2f}M' + (f', teacher {count_parameters(teacher):.2f}M' if distill else '')
                 + f', {len(source.train)} pictures of {sum(student.lengths)} tokens, {len(source.classes)} classes')
 
-    def save(figures):
-        weights, optimizer_state = runtime.training_state(run.network, run.optimizer)
+    def save(metrics):
+        weights, optimizer_state = training_state(run.network, run.optimizer)
         if runtime.rank() == 0:
-            common = {'config': config, 'step': step, 'figures': figures, 'tokenizer': runtime.digest(structure.state_dict())}
-            runtime.save_checkpoint(f'{out_dir}/student.pt', {
+            common = {'config': config, 'step': step, 'metrics': metrics, 'tokenizer': digest(structure.state_dict())}
+            save_checkpoint(f'{out_dir}/student.pt', {
                 'kind': 'student', **common, 'classes': source.classes,
                 'student': {name.removeprefix('student.'): w for name, w in weights.items() if name.startswith('student.')}})
-            runtime.save_checkpoint(state_file, {
+            save_checkpoint(state_file, {
                 'kind': 'fvar training', **common, 'network': weights, 'optimizer': optimizer_state,
                 'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict()})
         runtime.barrier()
 
     trained = runtime.parallel(run.network, dev)
-    log = runtime.Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
+    log = Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', scale=batch_size)
     supply = runtime.Waiting(source.endless(step))
     saving = runtime.Saving(save_every, save_seconds)
@@ -299,14 +280,15 @@ def main():
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             bar.set_postfix(ce=f'{means["ce"]:.3f}', **({'teacher': f'{means["teacher_ce"]:.3f}'} if distill else {}))
         if step % eval_every == 0 or step == steps:
-            figures = validate(run, source.validation(eval_pictures, at_once), dev)
-            log(step=step - 1, **{f'val_{name}': value for name, value in figures.items()})
-            runtime.say(f'step {step}: held-out cross-entropy {figures["ce"]:.3f} ({figures["bits_an_image"]:.0f} bits an image), '
-                        'per token map ' + ' '.join(f'{ce:.2f}' for ce in figures['ce_per_map'])
-                        + (f'; teacher {figures["teacher_ce"]:.3f}, kl {figures["kl"]:.4f}' if distill else ''))
+            metrics = held_out_loss(run.network, structure, source.validation(eval_pictures, at_once), dev, run.autocast)
+            run.network.train()
+            log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
+            runtime.say(f'step {step}: held-out cross-entropy {metrics["ce"]:.3f} ({metrics["bits_per_image"]:.0f} bits an image), '
+                        'per token map ' + ' '.join(f'{ce:.2f}' for ce in metrics['ce_per_map'])
+                        + (f'; teacher {metrics["teacher_ce"]:.3f}, kl {metrics["kl"]:.4f}' if distill else ''))
             speed.start(step)
         if saving.due(step, steps):
-            save(figures)
+            save(metrics)
             saving.stop_if_asked(step)
             speed.start(step)
     saving.end()

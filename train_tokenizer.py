@@ -16,12 +16,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import runtime
+from util import runtime
+from util.checkpoint import Log, check_same, load_checkpoint, load_optimizer, load_weights, read_weights, resumes, save_checkpoint
 from configurator import UserError, configure
 from data import batches, in_order, normalize, open_dataset
-from metrics import psnr
-from model import fill_official_tokenizer
-from pictures import picture_grid, save_png
+from util.metrics import psnr
+from published import fill_official_tokenizer
+from util.pictures import picture_grid, save_png
 from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 
@@ -42,7 +43,7 @@ kernel = 'disk'                 # disk | gaussian | none (Table 3)
 noise = (1e-3, 1e-2)            # β_1 and β_K of Eq. 3, images in [−1, 1]
 # the structure tokenizer Q_L
 vocab_size = 8192               # codes (paper)
-code_width = 32                 # numbers a code
+codebook_dim = 32                 # numbers a code
 channels = 160                  # width at full resolution
 channel_mult = (1, 1, 2, 2, 4)  # width at each resolution, relative to channels
 res_blocks = 2                  # residual blocks at each resolution
@@ -50,7 +51,7 @@ phis = 4                        # convolutions φ shared among the token maps
 # the alias tokenizer Q_A
 dual = True                     # False: Q_A shares encoder, codebook and decoder with Q_L (Table 3)
 alias_vocab_size = 512          # codes (paper)
-alias_code_width = 8            # numbers a code
+alias_codebook_dim = 8            # numbers a code
 alias_channels = 64             # width at full resolution; alias is sparse, so this is a small network
 alias_res_blocks = 1            # residual blocks at each resolution
 # loss
@@ -301,8 +302,8 @@ def draw(structure, images, path):
 
 def check_settings():
     """UserError for settings that make no sense."""
-    runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'code_width', 'channels',
-                             'res_blocks', 'phis', 'alias_vocab_size', 'alias_code_width', 'alias_channels', 'alias_res_blocks',
+    runtime.require_positive(config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'codebook_dim', 'channels',
+                             'res_blocks', 'phis', 'alias_vocab_size', 'alias_codebook_dim', 'alias_channels', 'alias_res_blocks',
                              'gan_channels')
     if len(patch_nums) < 2:
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
@@ -310,17 +311,17 @@ def check_settings():
 
 
 def resume(run, state_file):
-    """Takes up a stopped run; returns (step, figures) of its checkpoint."""
-    saved = runtime.load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
-    runtime.check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    """Takes up a stopped run; returns (step, metrics) of its checkpoint."""
+    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
+    check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
     for name, network in run.networks.items():
-        runtime.load_weights(network, saved[name], state_file)
-    runtime.load_optimizer(run.optimizer, saved['optimizer'])
+        load_weights(network, saved[name], state_file)
+    load_optimizer(run.optimizer, saved['optimizer'])
     if run.gan_optimizer:
-        runtime.load_optimizer(run.gan_optimizer, saved['gan_optimizer'])
+        load_optimizer(run.gan_optimizer, saved['gan_optimizer'])
     run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
-    return saved['step'], saved['figures']
+    return saved['step'], saved['metrics']
 
 
 def main():
@@ -331,13 +332,13 @@ def main():
 
     run = set_up(dev)
     structure, alias = run.structure, run.alias
-    step, figures, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
-    if runtime.resumes(init_from, state_file):
-        step, figures = resume(run, state_file)
+    step, metrics, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
+    if resumes(init_from, state_file):
+        step, metrics = resume(run, state_file)
     elif init_from not in ('scratch', 'auto'):
         if not os.path.isfile(init_from):
             raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto or a published tokenizer')
-        fill_official_tokenizer(structure, runtime.read_weights(init_from))
+        fill_official_tokenizer(structure, read_weights(init_from))
     runtime.say(f'structure tokenizer {millions(structure)}, alias tokenizer {millions(alias)}, {len(train)} images of '
                 f'{len(train.classes)} classes, radii ' + ' '.join(f'{r:.2g}' for r in structure.radii))
     sharp = [k + 1 for k, radius in enumerate(structure.radii[:-1]) if psf(radius, structure.kernel).numel() == 1]
@@ -345,21 +346,21 @@ def main():
         runtime.say(f'note: half a pixel of blur is none, so token maps {sharp} have no alias for a teacher to see; raise '
                     'max_radius if it should')
 
-    def save(figures):
+    def save(metrics):
         if runtime.rank() == 0:
             weights = {name: network.state_dict() for name, network in run.networks.items()}
-            runtime.save_checkpoint(f'{out_dir}/tokenizer.pt', {
-                'kind': 'tokenizer', 'config': config, 'step': step, 'figures': figures, 'classes': train.classes,
+            save_checkpoint(f'{out_dir}/tokenizer.pt', {
+                'kind': 'tokenizer', 'config': config, 'step': step, 'metrics': metrics, 'classes': train.classes,
                 'structure': weights['structure'], 'alias': weights['alias']})
-            runtime.save_checkpoint(state_file, {
-                'kind': 'tokenizer training', 'config': config, 'step': step, 'figures': figures, **weights,
+            save_checkpoint(state_file, {
+                'kind': 'tokenizer training', 'config': config, 'step': step, 'metrics': metrics, **weights,
                 'optimizer': run.optimizer.state_dict(), 'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict(),
                 'gan_optimizer': run.gan_optimizer.state_dict() if run.gan_optimizer else {}})
         runtime.barrier()
 
     if steps == 0:
         save({})
-    log = runtime.Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
+    log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
     supply = runtime.Waiting(batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers))
     saving = runtime.Saving(save_every, save_seconds)
@@ -377,16 +378,16 @@ def main():
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             bar.set_postfix(loss=f'{means["l1"] + means["l2"]:.4f}', vq=f'{means["vq"]:.3f}')
         if step > warm_start and step % eval_every == 0 or step == steps:
-            figures = validate(structure, alias, validation, runtime.share_of_batch(batch_size, grad_accum_steps), dev)
-            log(step=step - 1, **{f'val_{name}': value for name, value in figures.items()})
-            runtime.say(f'step {step}: PSNR {figures["psnr"]:.2f} dB, focus states {brief(figures["psnr_states"])}, '
-                        f'perplexity {brief(figures["perplexity"], 0)}, alias missed {brief(figures["alias_missed"], 2)}')
-            bad = collapsed(figures['perplexity'], [batch_size * p * p for p in patch_nums])
+            metrics = validate(structure, alias, validation, runtime.share_of_batch(batch_size, grad_accum_steps), dev)
+            log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
+            runtime.say(f'step {step}: PSNR {metrics["psnr"]:.2f} dB, focus states {brief(metrics["psnr_states"])}, '
+                        f'perplexity {brief(metrics["perplexity"], 0)}, alias missed {brief(metrics["alias_missed"], 2)}')
+            bad = collapsed(metrics['perplexity'], [batch_size * p * p for p in patch_nums])
             if bad:
                 runtime.say(f'warning: token maps {bad} use almost no codes; raise batch_size, reseed_until or lambda_focus')
             speed.start(step)
         if saving.due(step, steps):
-            save(figures)
+            save(metrics)
             saving.stop_if_asked(step)
             speed.start(step)
     saving.end()

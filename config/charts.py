@@ -6,14 +6,14 @@ if script == 'train_tokenizer':
     image_size = 32
     patch_nums = (1, 2, 3, 4, 6, 8)
     channels, channel_mult, res_blocks = 16, (1, 1, 3), 1   # reduces by 4
-    vocab_size, code_width = 256, 16
+    vocab_size, codebook_dim = 256, 16
     alias_channels = 8
     max_radius = 32.0                   # 4 of 32 pixels; with the paper's 12 hardly anything would be out of focus
     steps, warm_start, batch_size, lr = 750, 250, 16, 4e-3
     eval_every, save_every = 250, 375
 
 if script == 'train_fvar':
-    depth, width, num_heads = 4, 128, 4
+    depth, embed_dim, num_heads = 4, 128, 4
     teacher_blocks, distill_warmup = 1, 1600
     lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (README, ablations)
     steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: here the number of steps is what counts

@@ -11,7 +11,7 @@ if script == 'train_tokenizer':
     image_size = 16
     patch_nums = (1, 2, 3, 5, 8)        # 103 tokens; with five maps the three schedules differ
     channels, channel_mult, res_blocks = 16, (1, 3), 1      # reduces by 2
-    code_width = 16                     # ablation.py says how many codes there are
+    codebook_dim = 16                     # ablation.py says how many codes there are
     alias_vocab_size, alias_channels = 128, 8
     max_radius = 64.0                   # 4 of 16 pixels; with the paper's 12 the last maps have no alias for a teacher to see
     batch_size, lr, warmup = 16, 4e-3, 50
@@ -20,7 +20,7 @@ if script == 'encode':
     batch_size = 64
 
 if script == 'train_fvar':
-    depth, width, num_heads = 4, 96, 4
+    depth, embed_dim, num_heads = 4, 96, 4
     teacher_blocks, drop_path = 1, 0.0  # so short a run has nothing to regularise
     lambda_feat = 0.1                   # as charts.py
     batch_size, lr, warmup = 8, 3e-3, 50

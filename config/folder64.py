@@ -6,7 +6,7 @@ if script == 'train_tokenizer':
     image_size = 64
     patch_nums = (1, 2, 3, 4, 6, 8)
     channels, channel_mult, res_blocks = 16, (1, 1, 3, 3), 1    # reduces by 8
-    vocab_size, code_width = 1024, 16
+    vocab_size, codebook_dim = 1024, 16
     alias_channels = 8
     max_radius = 24.0                   # 0.75 of the first sampling step, as ρ_max = 12 is at 256 px: here 6 of 64 px
     steps, warm_start, batch_size, lr = 2000, 800, 16, 3e-3
@@ -16,7 +16,7 @@ if script == 'encode':
     crops = 1                           # more of them cost as much time again, and pay in longer runs
 
 if script == 'train_fvar':
-    depth, width, num_heads = 4, 256, 4
+    depth, embed_dim, num_heads = 4, 256, 4
     teacher_blocks = 1
     steps, batch_size, lr, warmup = 1200, 16, 1e-3, 100
     eval_every, save_every = 300, 600

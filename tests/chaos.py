@@ -28,17 +28,17 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from data import Charts
-from runtime import read_log
+from util.charts import Charts
+from util.checkpoint import read_log
 
 # every stage as its command line; small, but with warm start, dead codes, GAN, stochastic depth, teacher, random crops and noise
 TRAINING = '--init_from=auto --device=cpu --dtype=float32 --warmup=2 --eval_every=7 --save_every=5 --log_every=1'
 STAGES = {
     'train_tokenizer': f'{TRAINING} --steps=25 --image_size=24 --patch_nums=2,3,6 --channels=8 --channel_mult=1,1,1 --vocab_size=32 '
-                       '--code_width=8 --alias_vocab_size=16 --alias_code_width=4 --warm_start=3 --batch_size=4 --reseed_every=4 '
+                       '--codebook_dim=8 --alias_vocab_size=16 --alias_codebook_dim=4 --warm_start=3 --batch_size=4 --reseed_every=4 '
                        '--eval_images=8 --lambda_gan=0.5 --gan_start=2 --gan_channels=8',
     'encode': '--batch_size=2 --crops=4 --device=cpu --dtype=float32',
-    'train_fvar': f'{TRAINING} --steps=60 --depth=2 --width=32 --num_heads=2 --drop_path=0.2 --distill_warmup=4 --batch_size=8 '
+    'train_fvar': f'{TRAINING} --steps=60 --depth=2 --embed_dim=32 --num_heads=2 --drop_path=0.2 --distill_warmup=4 --batch_size=8 '
                   '--eval_pictures=20',
     'sample': '--num_samples=60 --batch_size=2 --device=cpu',
     'ablation': '--rows=var,full --seeds=1 --tokenizer_steps=4 --steps=4 --results=out/results.json',
@@ -46,10 +46,10 @@ STAGES = {
 
 ABLATION = '''
 if script == 'train_tokenizer':
-    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, code_width = 12, (1, 2, 3), 8, (1, 1, 1), 1, 16, 4
+    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, codebook_dim = 12, (1, 2, 3), 8, (1, 1, 1), 1, 16, 4
     alias_vocab_size, alias_channels, max_radius, batch_size, eval_images = 16, 8, 60.0, 8, 8
 if script == 'train_fvar':
-    depth, width, num_heads, teacher_blocks, batch_size, eval_pictures = 2, 16, 2, 1, 8, 20
+    depth, embed_dim, num_heads, teacher_blocks, batch_size, eval_pictures = 2, 16, 2, 1, 8, 20
 if script == 'evaluate':
     per_class, cnn_steps, cnn_batch, distance = 3, 3, 16, 'cnn'
 '''

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
+from util import runtime
 from configurator import HERE
 
 os.environ['OMP_NUM_THREADS'] = '1'

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 
 from chaos import HERE, assert_same     # first: it turns threads off, and lets the next ones be found
-from data import Charts, TokenDataset
-from runtime import read_log
+from data import TokenDataset
+from util.charts import Charts
+from util.checkpoint import read_log
 
 import numpy as np
 import torch
@@ -33,11 +34,11 @@ CLASSES, TRAIN, HELD_OUT, IMAGE_SIZE = 5, 12, 6, 32      # pictures of each clas
 COMMON = '--device=cpu --dtype=float32'
 TRAINING = f'{COMMON} --batch_size=8 --warmup=4 --log_every=1'
 TOKENIZER = f"""train_tokenizer.py config/tokenizer_256.py {TRAINING} --image_size=32 --patch_nums=1,2,3,4
-    --channels=16 --channel_mult=1,1,1,1 --res_blocks=1 --vocab_size=64 --code_width=8 --max_radius=24
-    --alias_vocab_size=16 --alias_code_width=4 --alias_channels=8 --gan_start=8 --gan_channels=16 --steps=24
+    --channels=16 --channel_mult=1,1,1,1 --res_blocks=1 --vocab_size=64 --codebook_dim=8 --max_radius=24
+    --alias_vocab_size=16 --alias_codebook_dim=4 --alias_channels=8 --gan_start=8 --gan_channels=16 --steps=24
     --grad_accum_steps=2 --reseed_every=4 --eval_every=10 --eval_images=8 --save_every=5 --workers=1"""
 ENCODE = f'encode.py config/tokenizer_256.py {COMMON} --crops=2 --batch_size=1 --workers=1'
-SMALL = f'{TRAINING} --depth=2 --width=64 --num_heads=2 --teacher_blocks=1 --eval_every=25 --save_every=6'
+SMALL = f'{TRAINING} --depth=2 --embed_dim=64 --num_heads=2 --teacher_blocks=1 --eval_every=25 --save_every=6'
 FVAR = f'train_fvar.py config/d16.py {SMALL} --steps=60'
 FSDP = f'train_fvar.py config/d36_512.py {SMALL} --steps=30 --tokenizer=out-tokenizer_256/tokenizer.pt'
 SAMPLE = f'sample.py config/d16.py {COMMON} --num_samples=50 --batch_size=5'

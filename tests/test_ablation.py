@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import ablation
+from experiments import ablation
 import configurator
 from chaos import ABLATION, draw_data
 from configurator import HERE, UserError
@@ -129,7 +129,7 @@ def test_every_student_is_sampled_in_the_published_way_and_in_another(small):
 # -----------------------------------------------------------------------------
 # the work
 
-FOUND = {'tokenizer': {'psnr': 20.0, 'ssim': 0.8}, 'student': {'bits_an_image': 300.0, 'ce_per_map': [1.0, 2.0]},
+FOUND = {'tokenizer': {'psnr': 20.0, 'ssim': 0.8}, 'student': {'bits_per_image': 300.0, 'ce_per_map': [1.0, 2.0]},
          'versions': {'torch': '2'}, 'distances': [
              {'set': 'generated', 'against': 'reference', 'fd_cnn': 9.0, 'recognised': 0.5},
              {'set': 'reconstructed', 'against': 'reference', 'fd_cnn': 3.0, 'recognised': 0.9},

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import aliasing
-import runtime
-from aliasing import (EXACT, FREQUENCIES, band_limit, decibels, edge_figures, edge_mtf, folding, mtf50, places, reconstruction_shift,
+from experiments import aliasing
+from util import checkpoint
+from experiments.aliasing import (EXACT, FREQUENCIES, band_limit, decibels, edge_figures, edge_mtf, fade, folding, mtf50, places, radial_power, reconstruction_shift, spectrum_distance,
                       shift_error, slanted_edge, view, view_mtf, zone_contrast, zone_plate)
-from configurator import UserError
-from metrics import fade, radial_power, spectrum_distance
+from configurator import HERE, UserError
 from pyramid import build_pyramid
 from tokenizer import build_tokenizers
 
@@ -327,19 +325,18 @@ def test_a_blur_is_a_distance_that_falls_with_frequency():
 # -----------------------------------------------------------------------------
 # the command line
 
-STAGE1 = dict(data='charts', image_size=32, patch_nums=(1, 2, 4, 8), vocab_size=16, code_width=4, channels=4, channel_mult=(1, 1, 1),
-              res_blocks=1, alias_vocab_size=8, alias_code_width=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
+STAGE1 = dict(data='charts', image_size=32, patch_nums=(1, 2, 4, 8), vocab_size=16, codebook_dim=4, channels=4, channel_mult=(1, 1, 1),
+              res_blocks=1, alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
 
 
 def script(*arguments):
-    program = Path(__file__).parents[1] / 'aliasing.py'
-    return subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, '-m', 'experiments.aliasing', *arguments], cwd=HERE, capture_output=True, text=True,
                           env=os.environ | {'PYTHONIOENCODING': 'utf-8'})
 
 
 def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
     structure, alias = build_tokenizers(STAGE1)
-    runtime.save_checkpoint(tmp_path / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1, 'step': 0,
+    checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1, 'step': 0,
                                                         'structure': structure.state_dict(), 'alias': alias.state_dict()})
     np.savez(tmp_path / 'samples.npz', np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8))
     run = script(f'--out_dir={tmp_path}/out', f'--tokenizer={tmp_path}/tokenizer.pt', f'--samples={tmp_path}/samples.npz',

@@ -21,18 +21,18 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
+from util import checkpoint
 from configurator import HERE
 from data import ImageFolder
 from model import build_student
 from tokenizer import build_tokenizers
 
-STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=32, code_width=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
-              alias_vocab_size=8, alias_code_width=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
-STAGE2 = dict(depth=1, width=16, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
+STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=32, codebook_dim=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
+              alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
+STAGE2 = dict(depth=1, embed_dim=16, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
 ARGUMENTS = {
     'train_tokenizer': '--data={data} --image_size=16 --patch_nums=1,2,4 --channels=8 --channel_mult=1,1,1 --batch_size=4 --steps=1',
-    'encode': '', 'sample': '--per_class=1', 'train_fvar': '--depth=1 --width=16 --num_heads=2 --teacher_blocks=1 --batch_size=4 --steps=1',
+    'encode': '', 'sample': '--per_class=1', 'train_fvar': '--depth=1 --embed_dim=16 --num_heads=2 --teacher_blocks=1 --batch_size=4 --steps=1',
 }
 
 
@@ -65,10 +65,10 @@ def ready(tmp_path_factory):
     torch.manual_seed(0)
     structure, alias = build_tokenizers(STAGE1)
     student = build_student(STAGE2, structure, 2)
-    runtime.save_checkpoint(out / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1 | {'data': str(data)}, 'step': 7,
+    checkpoint.save_checkpoint(out / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1 | {'data': str(data)}, 'step': 7,
                                                    'structure': structure.state_dict(), 'alias': alias.state_dict()})
-    runtime.save_checkpoint(out / 'student.pt', {'kind': 'student', 'config': STAGE2, 'step': 9, 'classes': ['cat', 'dog'],
-                                                 'tokenizer': runtime.digest(structure.state_dict()), 'student': student.state_dict()})
+    checkpoint.save_checkpoint(out / 'student.pt', {'kind': 'student', 'config': STAGE2, 'step': 9, 'classes': ['cat', 'dog'],
+                                                 'tokenizer': checkpoint.digest(structure.state_dict()), 'student': student.state_dict()})
     assert start('encode', out, data)[0] == 0
     return SimpleNamespace(data=data, out=out)
 
@@ -321,14 +321,14 @@ BAD = {
     'config that is missing': ('encode', 'nowhere.py', None, 'nowhere.py: no such config file'),
     'negative rate': ('train_fvar', '--lr=-1', None, '--lr=-1: must be at least 0'),
     'infinite rate': ('train_fvar', '--lr=1e999', None, '--lr=inf: must be at least 0 and less than 2^63'),
-    'negative width': ('train_fvar', '--width=-32', None, '--width=-32: must be at least 0'),
+    'negative width': ('train_fvar', '--embed_dim=-32', None, '--embed_dim=-32: must be at least 0'),
     'negative seed': ('sample', '--seed=-1', None, '--seed=-1: must be at least 0'),
     'huge seed': ('sample', f'--seed={10 ** 30}', None, 'must be at least 0 and less than 2^63'),
     'huge batch': ('train_fvar', '--batch_size=1000000000000', None, 'batch_size=1000000000000: must be at most 1048576'),
     'three betas': ('train_fvar', '--betas=0.9,0.9,0.9', None, 'betas=(0.9, 0.9, 0.9): give two numbers'),
     'beta beyond one': ('train_tokenizer', '--betas=0.9,1.5', None, 'betas=(0.9, 1.5): give two numbers'),
     'share beyond one': ('train_fvar', '--class_dropout=1.5', None, 'class_dropout=1.5: is a share, at most 1'),
-    'heads that do not divide': ('train_fvar', '--num_heads=3', None, 'width=16 is not a multiple of num_heads=3'),
+    'heads that do not divide': ('train_fvar', '--num_heads=3', None, 'embed_dim=16 is not a multiple of num_heads=3'),
     'no blocks': ('train_fvar', '--depth=0', None, 'depth=0'),
     'no codes': ('train_tokenizer', '--vocab_size=0', None, 'vocab_size=0: must be at least 1'),
     'no channels': ('train_tokenizer', '--channel_mult=0,0,0', None, 'channel_mult=(0, 0, 0): give numbers of at least 1'),

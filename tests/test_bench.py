@@ -4,20 +4,19 @@ import json
 import pytest
 import torch
 
-import bench
-import runtime
+from experiments import bench
+from util import runtime
 from configurator import UserError
-from fakegpu import FakeGPU
 
 CPU = torch.device('cpu')
 STAGE_1 = '''
 if script == 'train_tokenizer':
-    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, code_width = 16, (1, 2, 4, 8), 8, (1, 1), 1, 32, 4
-    alias_vocab_size, alias_code_width, alias_channels, max_radius = 16, 4, 8, 64.0
+    image_size, patch_nums, channels, channel_mult, res_blocks, vocab_size, codebook_dim = 16, (1, 2, 4, 8), 8, (1, 1), 1, 32, 4
+    alias_vocab_size, alias_codebook_dim, alias_channels, max_radius = 16, 4, 8, 64.0
 '''
 STAGE_2 = '''
 if script == 'train_fvar':
-    depth, width, num_heads, teacher_blocks, batch_size = 2, 32, 2, 1, 4
+    depth, embed_dim, num_heads, teacher_blocks, batch_size = 2, 32, 2, 1, 4
 '''
 
 
@@ -69,7 +68,7 @@ def test_times_are_medians_of_repeats_after_a_warm_up(monkeypatch):
 
 def test_every_part_runs_and_the_table_is_kept(small, run_script):
     folder = small[-1]
-    status, out, err = run_script('bench', f'--stage1={folder}/one.py', f'--stage2={folder}/two.py', f'--out_dir={folder}', '--repeats=1',
+    status, out, err = run_script('experiments/bench', f'--stage1={folder}/one.py', f'--stage2={folder}/two.py', f'--out_dir={folder}', '--repeats=1',
                                   '--parts=tokenizer,encode,train,sample', '--baseline=True', '--batch_size=2', '--sample_batch=2',
                                   '--device=cpu', '--dtype=float32')
     assert status == 0, err
@@ -82,22 +81,3 @@ def test_an_unknown_part_is_named(monkeypatch):
     monkeypatch.setattr(bench, 'parts', 'train,smaple')
     with pytest.raises(UserError, match="'smaple' is no part"):
         bench.main()
-
-
-def test_what_is_computed_grows_with_the_depth(monkeypatch, capsys):
-    monkeypatch.setattr(bench, 'STAGE_1', ())
-    monkeypatch.setattr(bench, 'STAGE_2', {name: 'tokenizer_256' for name in ('d12', 'd16')})
-    d12, d16 = bench.growth()
-    assert d12['tokens'] == 680 and 370e6 < d16['parameters'] < 380e6
-    assert all(d12[name] < d16[name] for name in ('parameters', 'tflop_per_image', 'hours', 'gib', 'gib_validation', 'disk_gb'))
-    assert 'computed, not measured' in capsys.readouterr().out
-
-
-def test_memory_shrinks_with_checkpointing_and_with_fsdp(monkeypatch):
-    settings, taken = bench.settings, []
-    for changes in (dict(), dict(grad_checkpoint=True, fsdp=True)):
-        of_stage = {bench.train_tokenizer: {}, bench.train_fvar: changes}
-        monkeypatch.setattr(bench, 'settings', lambda script, file: settings(script, file) | of_stage[script])
-        with FakeGPU() as gpu:
-            taken.append(bench.stage2_on_a_gpu(gpu, 'config/tokenizer_256.py', 'config/d16.py')[1]['bytes'] / 2 ** 30)
-    assert taken == sorted(taken, reverse=True) and taken[1] < 0.5 * taken[0] and taken[-1] > 1

@@ -1,7 +1,7 @@
 """config/: the paper's models have the paper's sizes, and every ablation changes what its docstring says.
 
 Table 1 has two to three digits, and its counts are those of VAR, whose codebook has 4096 codes. The 8192 codes that the
-paper names (section 4.2) cost 4096·(width + 1) more in the output layer: 0.4 to 2.4 % of a student.
+paper names (section 4.2) cost 4096·(embed_dim + 1) more in the output layer: 0.4 to 2.4 % of a student.
 """
 import runpy
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_one_adaln_for_all_blocks_is_what_makes_d36_2_3b():
 @pytest.mark.parametrize('name', PAPER)
 def test_depth_is_in_the_name_and_width_is_64_times_depth(name):
     stage2 = stages(name)[1]
-    assert f'd{stage2["depth"]}' == name.partition('_')[0] and (stage2['width'], stage2['num_heads']) == (0, 0)
+    assert f'd{stage2["depth"]}' == name.partition('_')[0] and (stage2['embed_dim'], stage2['num_heads']) == (0, 0)
     assert stage2['out_dir'] == f'out-{name}'
 
 

@@ -81,7 +81,7 @@ def test_a_file_that_never_configures_has_no_settings():
     assert read_settings(HERE / 'model.py') == {}
 
 
-@pytest.mark.parametrize('script', SCRIPTS + ('pyramid', 'aliasing', 'bench'))
+@pytest.mark.parametrize('script', SCRIPTS + ('pyramid', 'experiments/aliasing', 'experiments/bench'))
 def test_every_setting_of_every_script_has_a_comment(script):
     settings = read_settings(HERE / f'{script}.py')
     assert settings and all(settings.values())

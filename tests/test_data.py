@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from configurator import UserError
-from data import (CHARTS, Charts, EndlessBatches, ImageFolder, TokenDataset, batches, in_order, normalize,
-                  open_dataset, square_crop, to_uint8)
+from data import (
+    EndlessBatches, ImageFolder, TokenDataset, batches, in_order, normalize, open_dataset, square_crop,
+    to_uint8)
+from util.charts import CHARTS, Charts
 
 
 # -----------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from configurator import UserError
-from data import Charts, normalize
-from editing import consistent, edit, feather, painted_cells, refocus, states_known, unsharp, wiener
+from data import normalize
+from util.charts import Charts
+from experiments.refocus import unsharp
+from editing import consistent, edit, feather, painted_cells, refocus, states_known, wiener
 from model import VAR
-from metrics import psnr
+from util.metrics import psnr
 from pyramid import defocus
 from tokenizer import StructureTokenizer
 
@@ -21,7 +23,7 @@ def networks():
     """An untrained tokenizer of four focus states (radii 4, 2, 1, 0 of 32 pixels) and a student with opinions of its own."""
     torch.manual_seed(0)
     tokenizer = StructureTokenizer(32, PATCH_NUMS, 64, 8, 8, (1, 1, 2), 1, max_radius=32.0).eval()
-    student = VAR(PATCH_NUMS, 64, 8, num_classes=3, depth=2, width=32, num_heads=2).eval()
+    student = VAR(PATCH_NUMS, 64, 8, num_classes=3, depth=2, embed_dim=32, num_heads=2).eval()
     for parameter in [*tokenizer.quantizer.codebook.parameters(), *student.parameters()]:
         parameter.data += 0.3 * torch.randn_like(parameter)
     assert tokenizer.radii == RADII

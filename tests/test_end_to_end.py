@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
+from util import checkpoint, runtime
 from chaos import draw_data
 from configurator import HERE
-from data import Charts, ImageFolder, TokenDataset, normalize
-from metrics import psnr
+from data import ImageFolder, TokenDataset, normalize
+from util.charts import Charts
+from util.metrics import psnr
 from model import build_student, load_student
-from pictures import load_photo, place_photo, to_picture
+from util.pictures import load_photo, place_photo, to_picture
 from pyramid import defocus
 from tokenizer import AliasTokenizer, load_tokenizers
 
@@ -28,7 +29,7 @@ from tokenizer import AliasTokenizer, load_tokenizers
 DEMO = {
     'train_tokenizer': '--steps=6 --warm_start=2 --batch_size=8 --channels=8 --vocab_size=64 --eval_images=20 --log_every=1',
     'encode': '--batch_size=8',
-    'train_fvar': '--steps=6 --batch_size=8 --depth=2 --width=32 --log_every=1',
+    'train_fvar': '--steps=6 --batch_size=8 --depth=2 --embed_dim=32 --log_every=1',
     'sample': '--per_class=2',
     'evaluate': '--per_class=5 --cnn_steps=5 --cnn_batch=16 --distance=cnn',
 }
@@ -38,7 +39,7 @@ CLASSES = sorted(Charts.classes[:4])
 def command(script, data, out):
     """Arguments of a stage of the miniature demo. float32, so that no two machines disagree about precision."""
     own_data = [] if script == 'sample' else [f'--data={data}']
-    return [str(HERE / 'config' / 'charts.py'), f'--out_dir={out}', *own_data, '--dtype=float32', '--device=cpu', *DEMO[script].split()]
+    return [str(HERE / 'config' / 'charts.py'), f'--out_dir={out}', *own_data, '--dtype=float32', '--device=cpu', *DEMO.get(script, '').split()]
 
 
 def in_a_process(script, *arguments):
@@ -149,7 +150,7 @@ def test_token_files_say_what_they_were_made_of(demo):
     for split, rows in (('train', 48), ('val', 20)):
         meta = json.loads((demo.out / 'tokens' / f'{split}.json').read_text())
         assert (meta['rows'], meta['columns'], meta['classes']) == (rows, 130 + 66 + 1, CLASSES)
-        assert meta['tokenizer'] == runtime.digest(structure.state_dict()) and meta['alias_tokenizer'] == runtime.digest(alias.state_dict())
+        assert meta['tokenizer'] == checkpoint.digest(structure.state_dict()) and meta['alias_tokenizer'] == checkpoint.digest(alias.state_dict())
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_a_student_trains_on_images_where_there_are_no_token_files(run, demo, tm
     assert status == 0 and f'no token files in {tmp_path}/tokens' in out
     structure, _, _ = load_tokenizers(tmp_path / 'tokenizer.pt')
     assert load_student(tmp_path / 'student.pt', structure)[1]['classes'] == CLASSES
-    assert [record['step'] for record in runtime.read_log(tmp_path / 'fvar.jsonl')] == [0, 1, 1]
+    assert [record['step'] for record in checkpoint.read_log(tmp_path / 'fvar.jsonl')] == [0, 1, 1]
 
 
 # -----------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_refocusing_draws_what_the_blur_left_open(drawn, photo, tmp_path):
 
 
 def test_refocusing_is_measured_beside_the_classical_remedies(run, demo, tmp_path):
-    status, out, err = run('evaluate', tmp_path, f'--init_from={demo.out}/student.pt', '--parts=refocus', '--refocus_images=12')
+    status, out, err = run('experiments/refocus', tmp_path, f'--init_from={demo.out}/student.pt', '--images=12')
     rows = json.loads((tmp_path / 'refocus.json').read_text())['refocus']
     assert status == 0 and 'student + Wiener' in out and {row['images'] for row in rows} == {12}
     found = {(row['radius'], row['noise'], row['method']): row['psnr'] for row in rows}

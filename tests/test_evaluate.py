@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import evaluate
-import runtime
+from util import checkpoint
 from configurator import UserError
 from conftest import pictures, save_pictures, statistics_file
 from data import TokenDataset, normalize, open_dataset
 from model import build_student
-from picture_sets import fingerprint, fingerprints, spread
+from util.picture_sets import fingerprint, fingerprints, spread
 from tokenizer import build_tokenizers
 
-STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=16, code_width=4, channels=4, channel_mult=(1, 1, 1), res_blocks=1,
-              alias_vocab_size=8, alias_code_width=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
-STAGE2 = dict(depth=1, width=8, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
+STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=16, codebook_dim=4, channels=4, channel_mult=(1, 1, 1), res_blocks=1,
+              alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
+STAGE2 = dict(depth=1, embed_dim=8, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
 CLASSES = ['dark', 'light']
 
 
@@ -50,7 +50,7 @@ def test_cnn_is_kept_and_trained_again_only_for_other_data_or_settings(monkeypat
     cnn, accuracy = evaluate.load_or_train_cnn(train, train, 'folder', CLASSES, dev)
     monkeypatch.setattr(evaluate, 'train_cnn', None)                        # must not be called
     kept, kept_accuracy = evaluate.load_or_train_cnn(train, train, 'folder', CLASSES, dev)
-    assert runtime.digest(kept.state_dict()) == runtime.digest(cnn.state_dict()) and kept_accuracy == accuracy
+    assert checkpoint.digest(kept.state_dict()) == checkpoint.digest(cnn.state_dict()) and kept_accuracy == accuracy
     with pytest.raises(TypeError):
         evaluate.load_or_train_cnn(train, train, 'another', CLASSES, dev)
     assert 'training it again' in capsys.readouterr().out
@@ -72,18 +72,18 @@ def finished_run(tmp_path, monkeypatch):
     structure, alias = (module.eval() for module in build_tokenizers(STAGE1))
     structure.quantizer.codebook.weight.data.normal_()
     structure.quantizer.codebook.usage.fill_(1)
-    runtime.save_checkpoint(out / 'tokenizer.pt', {
+    checkpoint.save_checkpoint(out / 'tokenizer.pt', {
         'kind': 'tokenizer', 'config': STAGE1 | {'data': str(data)}, 'step': 7,
         'structure': structure.state_dict(), 'alias': alias.state_dict()})
-    digest = runtime.digest(structure.state_dict())
+    digest = checkpoint.digest(structure.state_dict())
     student = build_student(STAGE2, structure, 2)
-    runtime.save_checkpoint(out / 'student.pt', {'kind': 'student', 'config': STAGE2, 'step': 9, 'tokenizer': digest,
+    checkpoint.save_checkpoint(out / 'student.pt', {'kind': 'student', 'config': STAGE2, 'step': 9, 'tokenizer': digest,
                                                  'classes': CLASSES, 'student': student.state_dict()})
     x = normalize(images['val'])
     rows = torch.cat([*structure.encode(x), *alias.encode(x), labels[:, None]], 1).numpy().astype('<u2')
     (out / 'tokens').mkdir()
     rows.tofile(out / 'tokens' / 'val.bin')
-    runtime.write_json(out / 'tokens' / 'val.json', {
+    checkpoint.write_json(out / 'tokens' / 'val.json', {
         'rows': 20, 'columns': rows.shape[1], 'patch_nums': [1, 2, 4], 'alias_patch_nums': [1, 2], 'vocab_size': 16,
         'alias_vocab_size': 8, 'classes': CLASSES, 'tokenizer': digest})
     settings = dict(out_dir=str(out), per_class=6, cnn_steps=10, cnn_batch=16, batch_size=8, distance='cnn', device='cpu')
@@ -92,12 +92,12 @@ def finished_run(tmp_path, monkeypatch):
     return out, structure, student.eval()
 
 
-def test_student_figures_of_a_student_that_knows_nothing_are_those_of_even_odds(finished_run):
+def test_student_metrics_of_a_student_that_knows_nothing_are_those_of_even_odds(finished_run):
     out, structure, student = finished_run
     torch.nn.init.zeros_(student.head.weight)
-    figures = evaluate.student_figures(student, structure, TokenDataset(out / 'tokens', 'val'), nullcontext)
+    figures = evaluate.student_metrics(student, structure, TokenDataset(out / 'tokens', 'val'), nullcontext)
     assert figures['ce'] == pytest.approx(math.log(16)) and figures['ce_per_map'] == pytest.approx(3 * [math.log(16)])
-    assert figures['bits_an_image'] == pytest.approx(21 * 4) and figures['images'] == 20       # 1 + 4 + 16 tokens of 4 bits
+    assert figures['bits_per_image'] == pytest.approx(21 * 4) and figures['images'] == 20       # 1 + 4 + 16 tokens of 4 bits
 
 
 def test_a_whole_run_writes_every_figure_and_the_same_ones_again(finished_run, capsys):
@@ -149,7 +149,7 @@ def test_a_row_compares_the_sets_it_names(finished_run, monkeypatch):
     monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth')
     monkeypatch.setattr(evaluate, 'reference', str(out))
     monkeypatch.setattr(evaluate, 'read_reference', lambda *_: (None, moments))
-    monkeypatch.setattr(runtime, 'digest', lambda *_, digest=runtime.digest: digest(structure.state_dict()))
+    monkeypatch.setattr(evaluate, 'digest', lambda *_, digest=checkpoint.digest: digest(structure.state_dict()))
     monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *arguments: seen.append(arguments) or {
         'fid': 1.0, 'isc': 2.0, 'precision': None, 'recall': None})
     evaluate.main()
@@ -200,8 +200,8 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
         results = json.loads((out / 'results.json').read_text())
         assert results['samples'] == {'images': 12, 'fingerprint': fingerprint(fingerprints(images)),
                                       'made_with': {'seed': 5} if samples else None}
-        assert results['student_digest'] == runtime.digest(student.state_dict()) and results['device'] == 'cpu'
-        assert results['tokenizer_digest'] == runtime.digest(structure.state_dict())
+        assert results['student_digest'] == checkpoint.digest(student.state_dict()) and results['device'] == 'cpu'
+        assert results['tokenizer_digest'] == checkpoint.digest(structure.state_dict())
         assert results['versions'].keys() == {'python', 'torch', 'torch-fidelity', 'numpy', 'pillow'}
         assert results['versions']['numpy'] == np.__version__ and set(evaluate.config) == set(results['config'])
         assert results['reference']['images'] == 20 and len(results['reference']['fingerprint']) == 16
@@ -229,10 +229,10 @@ def test_a_mistaken_setting_is_one_line(finished_run, monkeypatch, settings, mes
 def test_a_missing_student_and_tokens_of_another_tokenizer_are_named(finished_run):
     out = finished_run[0]
     meta = json.loads((out / 'tokens' / 'val.json').read_text())
-    runtime.write_json(out / 'tokens' / 'val.json', meta | {'tokenizer': 'another'})
+    checkpoint.write_json(out / 'tokens' / 'val.json', meta | {'tokenizer': 'another'})
     with pytest.raises(UserError, match='another tokenizer'):
         evaluate.main()
-    runtime.write_json(out / 'tokens' / 'val.json', meta | {'classes': ['light', 'dark']})
+    checkpoint.write_json(out / 'tokens' / 'val.json', meta | {'classes': ['light', 'dark']})
     with pytest.raises(UserError, match='in that order'):
         evaluate.main()
     (out / 'student.pt').unlink()

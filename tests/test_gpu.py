@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-import bench
+import growth
 import editing
 import encode
 import evaluate
-import runtime
+from util import checkpoint
 import sample
 import tokenizer
 import train_fvar
@@ -22,7 +22,7 @@ import train_tokenizer
 from configurator import HERE
 from data import sample_generators
 from fakegpu import FakeGPU
-from model import VAR, compile_sampling, pictures_at_once
+from model import VAR, build_student, compile_sampling, pictures_at_once
 from test_training import GAN, STAGE1, STAGE2, run, settings_of
 from tokenizer import build_tokenizers
 
@@ -43,7 +43,7 @@ def configured(monkeypatch):
         config = settings_of(script, settings)
         for name, value in (config | {'config': config}).items():
             monkeypatch.setattr(script, name, value)
-    monkeypatch.setattr(train_tokenizer, 'load_lpips', bench.stand_in_lpips)
+    monkeypatch.setattr(train_tokenizer, 'load_lpips', growth.stand_in_lpips)
     return configured
 
 
@@ -91,7 +91,7 @@ def stage1_steps(gpu, configured, steps, **settings):
     configured(train_tokenizer, **STAGE1 | CUDA | settings)
     with gpu.building():
         run = train_tokenizer.set_up(gpu.device)
-    bench.begin(*filter(None, (run.optimizer, run.gan_optimizer)))
+    growth.begin(*filter(None, (run.optimizer, run.gan_optimizer)))
     images = torch.empty(train_tokenizer.batch_size, 3, train_tokenizer.image_size, train_tokenizer.image_size, device=gpu.device)
     for step in steps:
         gpu.start()
@@ -141,7 +141,7 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
     run(script, **settings)
     alive = []
 
-    def watched(*arguments, load=runtime.load_checkpoint, **named):
+    def watched(*arguments, load=checkpoint.load_checkpoint, **named):
         checkpoint = load(*arguments, **named)
         alive.extend(weakref.ref(t.untyped_storage()) for t in torch.utils._pytree.tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
         return checkpoint
@@ -151,10 +151,10 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
         with gpu.building():
             tokenizers = build_tokenizers(settings_of(train_tokenizer, STAGE1))
             ready = script.set_up(gpu.device, *([*tokenizers, 10] if script is train_fvar else []))
-        bench.begin(*filter(None, (ready.optimizer, getattr(ready, 'gan_optimizer', None))))
+        growth.begin(*filter(None, (ready.optimizer, getattr(ready, 'gan_optimizer', None))))
         before = gpu.live
-        monkeypatch.setattr(runtime, 'load_checkpoint', watched)
-        monkeypatch.setattr(runtime, 'check_same', lambda *_: None)     # the device is another
+        monkeypatch.setattr(script, 'load_checkpoint', watched)
+        monkeypatch.setattr(script, 'check_same', lambda *_: None)     # the device is another
         step, _ = script.resume(ready, str(tmp_path / ('fvar_state.pt' if script is train_fvar else 'tokenizer_state.pt')))
         gc.collect()
         assert step == 4 and len(alive) > 20 and not [ref for ref in alive if ref() is not None]
@@ -170,7 +170,7 @@ def models(gpu):
     settings = settings_of(train_tokenizer, STAGE1)
     with gpu.building():
         structure, alias = build_tokenizers(settings)
-        student = VAR(structure.patch_nums, 32, 8, 4, depth=2, width=32, num_heads=2)
+        student = VAR(structure.patch_nums, 32, 8, 4, depth=2, embed_dim=32, num_heads=2)
     gpu.start()
     return structure.eval(), alias.eval(), student.eval()
 
@@ -200,7 +200,7 @@ def test_encoding_waits_once_a_batch_for_its_rows(gpu, models, tmp_path, monkeyp
     structure, alias, _ = models
     for name, value in dict(out_dir=str(tmp_path), data='charts:12', batch_size=4, crops=1).items():
         monkeypatch.setattr(encode, name, value)
-    monkeypatch.setattr(runtime, 'digest', lambda state: '')
+    monkeypatch.setattr(encode, 'digest', lambda state: '')
     encode.encode_split('train', structure, alias, {'config': {'data': ''}}, gpu.device, nullcontext)
     assert dict(+gpu.waits) == {'download': 3} and (tmp_path / 'tokens' / 'train.bin').stat().st_size == 12 * (49 + 13 + 1) * 2
 
@@ -213,20 +213,20 @@ def test_evaluation_waits_for_its_figures_alone(gpu, models, monkeypatch):
         def batch(self, rows):
             return [torch.zeros(len(rows), *size, dtype=torch.int64) for size in ((49,), (13,), ())]
 
-    evaluate.student_figures(student, structure, Tokens(range(10)), nullcontext)
-    assert dict(+gpu.waits) == {'download': 2}              # a batch's sums
+    evaluate.student_metrics(student, structure, Tokens(range(10)), nullcontext)
+    assert dict(+gpu.waits) == {'_local_scalar_dense': 3 + 2}       # three maps and two terms, after the last batch
     gpu.start()
-    evaluate.tokenizer_figures(structure, torch.zeros(10, 3, 24, 24, dtype=torch.uint8), nullcontext)
+    evaluate.tokenizer_metrics(structure, torch.zeros(10, 3, 24, 24, dtype=torch.uint8), nullcontext)
     # of every batch PSNR, both pictures for SSIM and the reconstructions; then the perplexity of three maps
     assert dict(+gpu.waits) == {'download': 2 * 3, '_local_scalar_dense': 2 + 3}
 
 
 @pytest.mark.parametrize('name, most', [('d12', 50), ('d16', 50), ('d24', 40), ('d36_512', 6), ('d16_1024', 5)])
 def test_samples_are_drawn_as_many_at_a_time_as_fit(gpu, name, most):
-    first = f'config/{bench.STAGE_2[name]}.py'
+    first = f'config/{growth.STAGE_2[name]}.py'
     with gpu.building():
-        structure, _ = build_tokenizers(bench.settings(train_tokenizer, first))
-        student = bench.build_student(bench.settings(train_fvar, f'config/{name}.py'), structure, 1000).eval()
+        structure, _ = build_tokenizers(growth.settings(train_tokenizer, first))
+        student = build_student(growth.settings(train_fvar, f'config/{name}.py'), structure, 1000).eval()
     at_once = pictures_at_once(student)
     assert 1 < at_once <= most and sample.batch_size == evaluate.batch_size == 0
     if name == 'd36_512':
@@ -241,7 +241,7 @@ def test_samples_are_drawn_as_many_at_a_time_as_fit(gpu, name, most):
 
 def small_student():
     structure, _ = build_tokenizers(settings_of(train_tokenizer, STAGE1))
-    return structure.eval(), VAR(structure.patch_nums, 32, 8, 4, depth=1, width=16, num_heads=2).eval()
+    return structure.eval(), VAR(structure.patch_nums, 32, 8, 4, depth=1, embed_dim=16, num_heads=2).eval()
 
 
 @pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(kv_cache=False), dict(smooth=True)], ids=lambda o: ' '.join(o) or 'plain')

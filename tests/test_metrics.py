@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
-import runtime
+from util import metrics
+from util import checkpoint
 from configurator import UserError
 from conftest import normal, pictures
-from metrics import SmallCNN, frechet_distance, look, psnr, ssim, statistics, torch_fidelity_metrics, train_cnn
+from util.metrics import SmallCNN, frechet_distance, look, psnr, ssim, statistics, torch_fidelity_metrics, train_cnn
 
 
 # -----------------------------------------------------------------------------
@@ -170,4 +170,4 @@ def test_cnn_learns_and_is_a_function_of_its_seed(augment):
     features, predicted = look(cnn, pictures(labels, seed=9))
     assert features.shape == (40, 128) and torch.equal(predicted, labels)
     again = train_cnn(images, labels, 2, steps=15, batch=16, augment=augment)
-    assert runtime.digest(again.state_dict()) == runtime.digest(cnn.state_dict())
+    assert checkpoint.digest(again.state_dict()) == checkpoint.digest(cnn.state_dict())

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-import runtime
+from util import checkpoint
 import train_fvar
 from configurator import UserError
 from model import (FVAR, VAR, Teacher, block_causal_attention, block_causal_mask, build_student, distillation_loss, draw,
@@ -35,7 +35,7 @@ def trained_like(module, seed=0):
 
 def small_student(**changes):
     torch.manual_seed(0)
-    return VAR(PATCH_NUMS, VOCAB, code_width=4, **dict(num_classes=CLASSES, depth=3, width=16, num_heads=2) | changes)
+    return VAR(PATCH_NUMS, VOCAB, codebook_dim=4, **dict(num_classes=CLASSES, depth=3, embed_dim=16, num_heads=2) | changes)
 
 
 @pytest.fixture(scope='module')
@@ -86,13 +86,13 @@ def test_logits_have_a_row_for_every_position(student, tokenizer):
 def test_width_and_heads_follow_depth_unless_given():
     student = VAR((1, 2), 8, 4, depth=2)
     assert student.head.in_features == 128 and student.num_heads == 2 and student.class_embed.num_embeddings == 1001
-    assert student.drop_path == pytest.approx(0.1 * 2 / 24) and VAR((1, 2), 8, 4, depth=1, width=8, drop_path=0.3).drop_path == 0.3
-    with pytest.raises(UserError, match='width=16 is not a multiple of num_heads=3'):
+    assert student.drop_path == pytest.approx(0.1 * 2 / 24) and VAR((1, 2), 8, 4, depth=1, embed_dim=8, drop_path=0.3).drop_path == 0.3
+    with pytest.raises(UserError, match='embed_dim=16 is not a multiple of num_heads=3'):
         small_student(num_heads=3)
 
 
 def test_a_first_map_of_several_tokens_starts_from_as_many():
-    student = VAR((2, 3), VOCAB, 4, CLASSES, depth=1, width=8)
+    student = VAR((2, 3), VOCAB, 4, CLASSES, depth=1, embed_dim=8)
     assert student(torch.tensor([1]), torch.zeros(1, 9, 4)).shape == (1, 13, VOCAB) and student.start.shape == (1, 4, 8)
 
 
@@ -119,7 +119,7 @@ def test_no_class_is_a_class_of_its_own(student, tokenizer):
 
 @pytest.mark.parametrize('options', [{}, dict(shared_aln=True), dict(qk_norm=False)], ids=str)
 def test_training_starts_from_even_odds(tokenizer, options):
-    student = small_student(depth=4, width=64, num_heads=4, **options)
+    student = small_student(depth=4, embed_dim=64, num_heads=4, **options)
     labels, inputs, tokens, _ = one_batch(tokenizer)
     logits = student(labels, inputs)
     assert 0 < logits.abs().max() < 0.1
@@ -129,7 +129,7 @@ def test_training_starts_from_even_odds(tokenizer, options):
 @pytest.mark.parametrize('options, change', [({}, 1e-3), (dict(qk_norm=False), 1e-3), (dict(shared_aln=True), 0.2)], ids=str)
 def test_blocks_begin_near_the_identity(tokenizer, options, change):
     """Less near where one AdaLN serves all blocks: its own rows for γ are not made small, as they aren't in VAR."""
-    stream, _ = small_student(depth=4, width=64, num_heads=4, **options).hidden(*one_batch(tokenizer)[:2])
+    stream, _ = small_student(depth=4, embed_dim=64, num_heads=4, **options).hidden(*one_batch(tokenizer)[:2])
     assert 0 < (stream[-1] - stream[0]).abs().max() < change * stream[0].abs().max()
 
 
@@ -143,7 +143,7 @@ def test_every_weight_of_the_student_learns(student, tokenizer):
 # stochastic depth
 
 def test_drop_path_grows_from_nothing_in_the_first_block_to_its_rate_in_the_last():
-    factors = small_student(drop_path=0.4).drop_path_factors(torch.rand(20000, 6, generator=seeded()))
+    factors = small_student(drop_path=0.4).drop_path_mask(torch.rand(20000, 6, generator=seeded()))
     assert factors.shape == (20000, 6)
     for column, rate in enumerate((0, 0, 0.2, 0.2, 0.4, 0.4)):
         values = factors[:, column].unique()
@@ -155,10 +155,10 @@ def test_drop_path_grows_from_nothing_in_the_first_block_to_its_rate_in_the_last
 
 def test_drop_path_is_a_function_of_its_numbers_picture_by_picture():
     student, (uniform, others) = small_student(drop_path=0.4), torch.rand(2, 50, 6, generator=seeded())
-    first, again, other = (student.drop_path_factors(u) for u in (uniform, uniform.clone(), others))
+    first, again, other = (student.drop_path_mask(u) for u in (uniform, uniform.clone(), others))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.cat([student.drop_path_factors(part) for part in uniform.split(7)]), first)
-    assert student.drop_path_factors(torch.zeros(1, 6)).tolist() == [[1, 1, 0, 0, 0, 0]]    # a rate of 0 drops nothing
+    assert torch.equal(torch.cat([student.drop_path_mask(part) for part in uniform.split(7)]), first)
+    assert student.drop_path_mask(torch.zeros(1, 6)).tolist() == [[1, 1, 0, 0, 0, 0]]    # a rate of 0 drops nothing
 
 
 def test_dropped_branches_leave_the_stream_alone_picture_by_picture(student, tokenizer):
@@ -348,7 +348,7 @@ def test_pictures_of_no_class(student, tokenizer, filtered):
 def test_a_single_map_can_be_sampled():
     torch.manual_seed(0)
     alone = StructureTokenizer(8, (2,), VOCAB, 4, 12, (1, 1, 1), 1).eval()
-    tokens, images = VAR((2,), VOCAB, 4, CLASSES, depth=1, width=8).eval().generate(alone, torch.tensor([1]))
+    tokens, images = VAR((2,), VOCAB, 4, CLASSES, depth=1, embed_dim=8).eval().generate(alone, torch.tensor([1]))
     assert [t.shape for t in tokens] == [(1, 4)] and images.shape == (1, 3, 8, 8)
 
 
@@ -520,8 +520,8 @@ def test_kl_is_from_the_teacher_to_the_student_a_position():
 # -----------------------------------------------------------------------------
 # files
 
-STAGE1 = dict(image_size=16, patch_nums=PATCH_NUMS, vocab_size=VOCAB, code_width=4, channels=12, channel_mult=(1, 1, 1), res_blocks=1,
-              alias_vocab_size=ALIAS_VOCAB, alias_code_width=4, alias_channels=12, alias_res_blocks=1, beta=0.25, dual=True)
+STAGE1 = dict(image_size=16, patch_nums=PATCH_NUMS, vocab_size=VOCAB, codebook_dim=4, channels=12, channel_mult=(1, 1, 1), res_blocks=1,
+              alias_vocab_size=ALIAS_VOCAB, alias_codebook_dim=4, alias_channels=12, alias_res_blocks=1, beta=0.25, dual=True)
 
 
 @pytest.fixture
@@ -529,18 +529,18 @@ def trained(tmp_path, monkeypatch):
     """One step of train_fvar.py with a teacher, on token files of noise: (out_dir, structure tokenizer)."""
     torch.manual_seed(0)
     structure, alias = build_tokenizers(STAGE1)
-    runtime.save_checkpoint(tmp_path / 'tokenizer.pt', {
+    checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {
         'kind': 'tokenizer', 'config': STAGE1 | {'data': 'charts'}, 'step': 0,
         'structure': structure.state_dict(), 'alias': alias.state_dict()})
     (tmp_path / 'tokens').mkdir()
     for split in ('train', 'val'):
         rows = np.random.default_rng(0).integers(0, [VOCAB] * 30 + [ALIAS_VOCAB] * 14 + [CLASSES], size=(8, 45)).astype('<u2')
         rows.tofile(tmp_path / 'tokens' / f'{split}.bin')
-        runtime.write_json(tmp_path / 'tokens' / f'{split}.json', {
+        checkpoint.write_json(tmp_path / 'tokens' / f'{split}.json', {
             'rows': 8, 'columns': 45, 'patch_nums': list(PATCH_NUMS), 'alias_patch_nums': list(PATCH_NUMS[:-1]), 'vocab_size': VOCAB,
             'alias_vocab_size': ALIAS_VOCAB, 'classes': [f'class {i}' for i in range(CLASSES)],
-            'tokenizer': runtime.digest(structure.state_dict())})
-    settings = dict(out_dir=str(tmp_path), depth=2, width=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
+            'tokenizer': checkpoint.digest(structure.state_dict())})
+    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
                     device='cpu', dtype='float32')
     for name, value in settings.items():
         monkeypatch.setattr(train_fvar, name, value)
@@ -553,7 +553,7 @@ def test_what_is_deployed_holds_no_weight_of_the_teacher(trained):
     out, structure = trained
     saved = torch.load(out / 'student.pt', weights_only=True)
     student = build_student(saved['config'], structure, CLASSES)
-    assert set(saved) == {'kind', 'config', 'step', 'tokenizer', 'classes', 'figures', 'student'}
+    assert set(saved) == {'kind', 'config', 'step', 'tokenizer', 'classes', 'metrics', 'student'}
     assert {name: w.shape for name, w in saved['student'].items()} == {name: w.shape for name, w in student.state_dict().items()}
     taught = [name for name in torch.load(out / 'fvar_state.pt', weights_only=True)['network'] if name.startswith('teacher.')]
     assert any('alias' in name for name in taught) and not any('alias' in name for name in saved['student'])
@@ -593,7 +593,7 @@ def test_a_missing_student_and_another_kind_of_file_are_named(trained):
 @pytest.mark.parametrize('patch_nums', [(1, 2, 3, 5), (2, 3), (4,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
 def test_block_causal_attention_equals_attention_under_the_whole_mask(patch_nums):
     """Values and gradients, for all maps and for the first ones alone."""
-    student = VAR(patch_nums, 16, 4, num_classes=3, depth=1, width=8, num_heads=2)
+    student = VAR(patch_nums, 16, 4, num_classes=3, depth=1, embed_dim=8, num_heads=2)
     for some in range(1, len(patch_nums) + 1):
         n = sum(student.lengths[:some])
         q, k, v = torch.randn(3, 2, 2, n, 4, generator=torch.Generator().manual_seed(some)).requires_grad_().unbind(0)

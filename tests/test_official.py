@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from configurator import UserError
-from model import VAR, filter_logits, load_official, published_patch_nums, to_official
-from pictures import picture_grid, save_png
+from model import VAR, filter_logits
+from published import load_official, published_patch_nums, to_official
+from util.pictures import picture_grid, save_png
 from tokenizer import MultiScaleQuantizer, StructureTokenizer
 
 FIXTURE = Path(__file__).resolve().parents[2] / 'shared' / 'fixtures' / 'official_var_tiny.pt'
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 OPTIONS = {                                                 # heads, depth and width that no rule of thumb gives
-    'as at 256 px': dict(depth=2, width=12, num_heads=3, shared_aln=False, qk_norm=True),
-    'as at 512 px': dict(depth=3, width=12, num_heads=2, shared_aln=True, qk_norm=True),
-    'no QK-norm': dict(depth=3, width=12, num_heads=2, shared_aln=False, qk_norm=False),
-    'shared AdaLN, no QK-norm, narrow MLP': dict(depth=5, width=16, num_heads=4, shared_aln=True, qk_norm=False, mlp_ratio=2.0),
+    'as at 256 px': dict(depth=2, embed_dim=12, num_heads=3, shared_aln=False, qk_norm=True),
+    'as at 512 px': dict(depth=3, embed_dim=12, num_heads=2, shared_aln=True, qk_norm=True),
+    'no QK-norm': dict(depth=3, embed_dim=12, num_heads=2, shared_aln=False, qk_norm=False),
+    'shared AdaLN, no QK-norm, narrow MLP': dict(depth=5, embed_dim=16, num_heads=4, shared_aln=True, qk_norm=False, mlp_ratio=2.0),
 }
 
 
@@ -52,10 +53,10 @@ def random_weights(module, seed=0):
     return module.eval()
 
 
-def pair(patch_nums=(1, 2, 3, 5), vocab_size=24, code_width=6, channels=4, num_classes=7, seed=0, **student):
+def pair(patch_nums=(1, 2, 3, 5), vocab_size=24, codebook_dim=6, channels=4, num_classes=7, seed=0, **student):
     """A tokenizer and a student of VAR's architecture, with weights that nothing has initialised to zero."""
-    tokenizer = StructureTokenizer(16 * patch_nums[-1], patch_nums, vocab_size, code_width, channels, pyramid='scale')
-    student = VAR(patch_nums, vocab_size, code_width, num_classes, **student)
+    tokenizer = StructureTokenizer(16 * patch_nums[-1], patch_nums, vocab_size, codebook_dim, channels, pyramid='scale')
+    student = VAR(patch_nums, vocab_size, codebook_dim, num_classes, **student)
     return random_weights(tokenizer, seed), random_weights(student, seed + 1)
 
 
@@ -199,9 +200,9 @@ def vae_shapes(ch, V, C, maps, mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4):
         'quantize.embedding.weight': (V, C), 'quantize.ema_vocab_hit_SV': (maps, V)}
 
 
-def var_shapes(patch_nums, V, C, classes, depth, width, num_heads, shared_aln, qk_norm, mlp_ratio=4.0):
+def var_shapes(patch_nums, V, C, classes, depth, embed_dim, num_heads, shared_aln, qk_norm, mlp_ratio=4.0):
     """The published transformer's state dict."""
-    W, L = width, sum(p * p for p in patch_nums)
+    W, L = embed_dim, sum(p * p for p in patch_nums)
     shapes = {'pos_start': (1, patch_nums[0] ** 2, W), 'pos_1LC': (1, L, W), 'lvl_1L': (1, L), 'attn_bias_for_masking': (1, 1, L, L),
               'class_emb.weight': (classes + 1, W), 'lvl_embed.weight': (len(patch_nums), W)}
     shapes |= layer('word_embed', W, C) | layer('head_nm.ada_lin.1', 2 * W, W) | layer('head', V, W)
@@ -247,7 +248,7 @@ def test_levels_are_numbered_from_the_picture_inwards_in_both_directions():
 
 
 def test_constants_are_the_map_of_a_position_the_mask_and_a_key_bias_of_zero():
-    _, var = to_official(*pair((1, 2), depth=1, width=4))
+    _, var = to_official(*pair((1, 2), depth=1, embed_dim=4))
     assert var['lvl_1L'].tolist() == [[0, 1, 1, 1, 1]] and var['lvl_1L'].dtype == torch.int64
     row, inf = [0.0] * 5, float('inf')
     assert var['attn_bias_for_masking'].tolist() == [[[[0.0] + 4 * [-inf], row, row, row, row]]]
@@ -369,7 +370,7 @@ def test_a_focus_tokenizer_can_be_exported_and_decodes_the_same():
 
 
 def test_heads_follow_depth_where_no_temperature_tells():
-    options = dict(depth=3, width=12, num_heads=3, shared_aln=True, qk_norm=False)
+    options = dict(depth=3, embed_dim=12, num_heads=3, shared_aln=True, qk_norm=False)
     vae, var = to_official(*pair(**options))
     _, student = load_official(vae, var, (1, 2, 3, 5))
     assert student.num_heads == 3 and student.blocks[0].attention.heads == 3
@@ -378,7 +379,7 @@ def test_heads_follow_depth_where_no_temperature_tells():
 
 
 def test_the_512_pixel_model_has_ten_maps_and_2240_tokens():
-    tokenizer, student = pair(PATCH_NUMS_512, channels=2, depth=1, width=8, num_heads=2, shared_aln=True)
+    tokenizer, student = pair(PATCH_NUMS_512, channels=2, depth=1, embed_dim=8, num_heads=2, shared_aln=True)
     vae, var = to_official(tokenizer, student)
     again_tokenizer, again = load_official(vae, var, PATCH_NUMS_512)
     assert again_tokenizer.image_size == 512 and var['pos_1LC'].shape == (1, 2240, 8)
@@ -392,7 +393,7 @@ def test_the_512_pixel_model_has_ten_maps_and_2240_tokens():
 def test_a_phi_serves_the_maps_nearest_to_its_tick():
     """Ties are the published ones too: of ten maps the third lies halfway between two φ."""
     for maps in range(2, 17):
-        quantizer = MultiScaleQuantizer(range(1, maps + 1), vocab_size=4, code_width=2)
+        quantizer = MultiScaleQuantizer(range(1, maps + 1), vocab_size=4, codebook_dim=2)
         ticks = np.linspace(1 / 12, 11 / 12, 4)
         wanted = [int(np.abs(ticks - k / (maps - 1)).argmin()) for k in range(maps)]
         assert [quantizer.phi_of_map(k) for k in range(maps)] == wanted
@@ -438,7 +439,7 @@ def test_other_patch_nums_are_refused(exported, patch_nums):
 
 
 def test_a_transformer_of_another_vocabulary_or_code_width_is_refused(exported):
-    for changes in (dict(vocab_size=32), dict(code_width=8)):
+    for changes in (dict(vocab_size=32), dict(codebook_dim=8)):
         _, other = to_official(*pair(**OPTIONS['as at 256 px'], **changes))
         assert 'do not belong together' in refused(exported[0], other)
 
@@ -473,8 +474,8 @@ def test_a_weight_of_another_shape_is_named(exported):
 def test_heads_that_do_not_fit_are_refused(exported):
     vae, var = exported
     assert 'log_scale' in refused(vae, var, num_heads=4)
-    bare = to_official(*pair(depth=5, width=12, num_heads=2, qk_norm=False))
-    assert 'width=12 is not a multiple of num_heads=5' in refused(*bare)
+    bare = to_official(*pair(depth=5, embed_dim=12, num_heads=2, qk_norm=False))
+    assert 'embed_dim=12 is not a multiple of num_heads=5' in refused(*bare)
 
 
 # -----------------------------------------------------------------------------

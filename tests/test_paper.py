@@ -262,7 +262,7 @@ def test_a_disk_is_no_ideal_filter_for_alias_holds_in_band_loss():
 
 def tiny_tokenizer(**changes):
     torch.manual_seed(0)
-    settings = dict(image_size=16, patch_nums=MAPS, vocab_size=32, code_width=8, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
+    settings = dict(image_size=16, patch_nums=MAPS, vocab_size=32, codebook_dim=8, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
                     max_radius=48.0)                        # 3 pixels of the 16
     structure = StructureTokenizer(**settings | changes).eval().requires_grad_(False)
     structure.quantizer.codebook.weight.normal_()
@@ -280,7 +280,7 @@ def stir(module, seed=0):
 
 def tiny_student(**changes):
     torch.manual_seed(1)
-    settings = dict(vocab_size=32, code_width=8, num_classes=3, depth=3, width=32, num_heads=4)
+    settings = dict(vocab_size=32, codebook_dim=8, num_classes=3, depth=3, embed_dim=32, num_heads=4)
     return stir(VAR(MAPS, **settings | changes)).eval()
 
 
@@ -554,7 +554,7 @@ def test_the_student_alone_samples(structure, student):
 
 def alias_of(structure, images):
     torch.manual_seed(2)
-    alias = AliasTokenizer(structure, vocab_size=16, code_width=4, channels=24, channel_mult=(1, 1, 1)).eval()
+    alias = AliasTokenizer(structure, vocab_size=16, codebook_dim=4, channels=24, channel_mult=(1, 1, 1)).eval()
     with torch.no_grad():
         alias.own_codebook.weight.normal_(std=0.3)
     return alias.views(images, generator()), alias.encode(images, generator())

@@ -5,7 +5,7 @@ import torch
 
 from configurator import UserError
 from conftest import pictures, save_pictures, statistics_file
-from picture_sets import check_files, check_reference, check_samples, fingerprints, read_reference, read_samples, spread
+from util.picture_sets import check_files, check_reference, check_samples, fingerprints, read_reference, read_samples, spread
 
 CLASSES = ['dark', 'light']
 

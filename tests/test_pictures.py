@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from configurator import UserError
-from pictures import line_chart, load_photo, picture_grid, save_gif, save_png, side_by_side, to_picture
+from util.pictures import line_chart, load_photo, picture_grid, save_gif, save_png, side_by_side, to_picture
 
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configurator import UserError
-from data import Charts, normalize, to_uint8
+from data import normalize, to_uint8
+from util.charts import Charts
 from pyramid import (build_pyramid, decimate, defocus, defocus_decimate, disk_kernel, focus_radii, gaussian_kernel,
                      noise_levels, psf, view_sizes)
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-import runtime
+from util import checkpoint as files, runtime
 from configurator import HERE, UserError
-from runtime import (Log, SafeStep, adamw, atomic_write, check_same, digest, learning_rate, load_checkpoint, load_weights,
-                     precision, read_log, read_weights, save_checkpoint, share_of_batch, write_json)
+from util.checkpoint import (
+    Log, atomic_write, check_same, digest, load_checkpoint, load_weights, read_log, read_weights,
+    save_checkpoint, write_json)
+from util.runtime import SafeStep, adamw, learning_rate, precision, share_of_batch
 
 CPU = torch.device('cpu')
 
@@ -443,9 +445,9 @@ def test_without_a_signal_nothing_stops(saving):
 
 def test_auto_resumes_what_there_is(tmp_path):
     file = tmp_path / 'state.pt'
-    assert [runtime.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, False, True, False]
-    runtime.previous(file).touch()                          # as a kill between two renames leaves it
-    assert [runtime.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, True, True, False]
+    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, False, True, False]
+    files.previous(file).touch()                          # as a kill between two renames leaves it
+    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, True, True, False]
 
 
 # -----------------------------------------------------------------------------
@@ -506,7 +508,7 @@ def test_a_checkpoint_comes_back_as_it_was(checkpoint):
 def test_the_checkpoint_before_is_kept_and_no_other(checkpoint):
     save_checkpoint(checkpoint, saved(3))
     assert load_checkpoint(checkpoint, 'toy')['step'] == 3
-    assert load_checkpoint(runtime.previous(checkpoint), 'toy')['step'] == 2
+    assert load_checkpoint(files.previous(checkpoint), 'toy')['step'] == 2
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ['toy.pt', 'toy.pt.previous']
 
 
@@ -514,7 +516,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_both_that_were_there(checkp
     with pytest.raises(Exception, match='pickle|local object'):
         save_checkpoint(checkpoint, {'kind': 'toy', 'oops': lambda: None})
     assert load_checkpoint(checkpoint, 'toy')['step'] == 2
-    assert load_checkpoint(runtime.previous(checkpoint), 'toy')['step'] == 1
+    assert load_checkpoint(files.previous(checkpoint), 'toy')['step'] == 1
     assert len(list(checkpoint.parent.iterdir())) == 2
 
 
@@ -545,7 +547,7 @@ def test_a_whole_checkpoint_gives_no_warning(checkpoint, capsys):
 
 
 def test_two_damaged_checkpoints_are_an_error(checkpoint, capsys):
-    for path in (checkpoint, runtime.previous(checkpoint)):
+    for path in (checkpoint, files.previous(checkpoint)):
         os.truncate(path, 100)
     with pytest.raises(UserError, match='toy.pt.previous: can not be read') as error:
         load_checkpoint(checkpoint, 'toy')
@@ -820,7 +822,7 @@ def test_waiting_for_data_is_counted_from_the_second_item_on(monkeypatch):
 SLOW_RANK = '''
 import os, signal, time
 import torch
-import runtime
+from util import checkpoint as files, runtime
 
 def main():
     first, slow = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', os.environ['RANK'] == '1'

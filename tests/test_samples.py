@@ -12,17 +12,17 @@ import torch
 
 import data
 import evaluate
-import model
-import runtime
+import published
+from util import checkpoint, runtime
 from configurator import HERE, UserError
 from data import balanced_labels, sample_generators
 from model import VAR, build_student, draw, filter_logits, smooth_codes
-from picture_sets import check_samples, read_samples
+from util.picture_sets import check_samples, read_samples
 from tokenizer import build_tokenizers
 
-STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=64, code_width=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
-              alias_vocab_size=8, alias_code_width=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True, data='nowhere')
-STAGE2 = dict(depth=2, width=32, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
+STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=64, codebook_dim=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
+              alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True, data='nowhere')
+STAGE2 = dict(depth=2, embed_dim=32, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
 CLASSES = ['a', 'b', 'c']
 COUNT = 30
 
@@ -38,10 +38,10 @@ def trained(tmp_path_factory):
     student = build_student(STAGE2, structure, len(CLASSES))
     for parameter in student.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape))
-    runtime.save_checkpoint(folder / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1, 'step': 7,
+    checkpoint.save_checkpoint(folder / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1, 'step': 7,
                                                       'structure': structure.state_dict(), 'alias': alias.state_dict()})
-    runtime.save_checkpoint(folder / 'student.pt', {
-        'kind': 'student', 'config': STAGE2, 'step': 9, 'tokenizer': runtime.digest(structure.state_dict()), 'classes': CLASSES,
+    checkpoint.save_checkpoint(folder / 'student.pt', {
+        'kind': 'student', 'config': STAGE2, 'step': 9, 'tokenizer': checkpoint.digest(structure.state_dict()), 'classes': CLASSES,
         'student': student.state_dict()})
     return folder
 
@@ -94,7 +94,7 @@ def test_a_plain_npz_that_says_what_made_it(whole):
 
 
 def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, trained):
-    structure, student, *_ = model.load_deployed(str(trained))
+    structure, student, *_ = published.load_deployed(str(trained))
     images, labels = read_samples(str(whole), 16, CLASSES)
     _, wanted = student.generate(structure, labels[[4, 17]], generator=sample_generators(0, (4, 17)))
     assert torch.equal(data.to_uint8(wanted), images[[4, 17]])
@@ -109,7 +109,7 @@ def test_the_compiled_loop_is_one_graph_and_draws_the_same_pictures(samples, who
 
 
 def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypatch):
-    structure, student, *_ = model.load_deployed(str(trained))
+    structure, student, *_ = published.load_deployed(str(trained))
     for name, value in dict(per_class=COUNT // 3, batch_size=7).items():
         monkeypatch.setattr(evaluate, name, value)
     found, wanted = evaluate.generate(student, structure, runtime.nullcontext), read_samples(str(whole), 16, CLASSES)

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 
 import tokenizer
 from configurator import UserError
-from data import Charts, normalize
+from data import normalize
+from util.charts import Charts
 from pyramid import build_pyramid, defocus, focus_radii
-from runtime import adamw
+from util.runtime import adamw
 from tokenizer import (AliasTokenizer, Codebook, MultiScaleQuantizer, StructureTokenizer, group_norm, straight_through,
                        vq_loss)
 
-TINY = dict(image_size=32, patch_nums=(1, 2, 3, 4, 6, 8), vocab_size=24, code_width=6, channels=12, channel_mult=(1, 1, 1),
+TINY = dict(image_size=32, patch_nums=(1, 2, 3, 4, 6, 8), vocab_size=24, codebook_dim=6, channels=12, channel_mult=(1, 1, 1),
             res_blocks=1, max_radius=48.0)                  # radii of 6 … 0 pixels at 32 pixels
 
 
@@ -179,7 +180,7 @@ def test_each_map_quantizes_what_the_maps_before_it_left_over():
 
 def test_neighbouring_maps_share_a_phi():
     """The ten maps of a 256-pixel picture, four φ with ticks at 1/12, 13/36, 23/36, 11/12."""
-    quantizer = MultiScaleQuantizer((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4, code_width=2)
+    quantizer = MultiScaleQuantizer((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4, codebook_dim=2)
     assert [quantizer.phi_of_map(k) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert [MultiScaleQuantizer(range(1, 5), 4, 2).phi_of_map(k) for k in range(4)] == [0, 1, 2, 3]
     assert [MultiScaleQuantizer(range(1, 5), 4, 2, phis=1).phi_of_map(k) for k in range(4)] == [0] * 4
@@ -384,7 +385,7 @@ def test_nothing_is_dead_before_anything_was_counted():
 
 def alias_tokenizer(structure=None, **changes):
     torch.manual_seed(1)
-    settings = dict(vocab_size=12, code_width=5, channels=12, channel_mult=(1, 1, 1)) | changes
+    settings = dict(vocab_size=12, codebook_dim=5, channels=12, channel_mult=(1, 1, 1)) | changes
     alias = trained_like(AliasTokenizer(structure or structure_tokenizer(), **settings))
     alias.track_scale(energies(alias.views(pictures())))
     return alias

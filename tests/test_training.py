@@ -13,7 +13,7 @@ import torch
 
 import encode
 import model
-import runtime
+from util import checkpoint, runtime
 import train_fvar
 import train_tokenizer
 from chaos import draw_data
@@ -23,10 +23,10 @@ from tokenizer import StructureTokenizer, load_tokenizers
 
 CHARTS_CONFIG = HERE / 'config' / 'charts.py'
 # the demo with smaller pictures, three token maps and networks of a few thousand weights
-STAGE1 = dict(image_size=24, patch_nums=(2, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, code_width=8,
-              alias_vocab_size=16, alias_code_width=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
+STAGE1 = dict(image_size=24, patch_nums=(2, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, codebook_dim=8,
+              alias_vocab_size=16, alias_codebook_dim=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
               eval_images=8, log_every=1, dtype='float32', device='cpu')
-STAGE2 = dict(depth=2, width=32, num_heads=2, drop_path=0.2, lambda_feat=0.7, distill_warmup=4, steps=12, batch_size=8, warmup=2,
+STAGE2 = dict(depth=2, embed_dim=32, num_heads=2, drop_path=0.2, lambda_feat=0.7, distill_warmup=4, steps=12, batch_size=8, warmup=2,
               eval_pictures=20, log_every=1, dtype='float32', device='cpu')
 GAN = dict(lambda_gan=0.5, gan_start=2, gan_channels=8)
 
@@ -70,7 +70,7 @@ SPEED = {'images_per_second', 'mfu'}                        # of training steps:
 
 def log_of(out, name):
     """(records of the training steps, records of the validations), without the speed, which is no two runs' the same."""
-    records = runtime.read_log(out / f'{name}.jsonl')
+    records = checkpoint.read_log(out / f'{name}.jsonl')
     steps = [r for r in records if 'grad_norm' in r]
     assert all(r.keys() >= SPEED and min(r.pop(speed) for speed in SPEED) > 0 for r in steps)
     return steps, [r for r in records if 'grad_norm' not in r]
@@ -311,11 +311,11 @@ def test_a_signal_in_mid_step_saves_the_tokenizers(train_stage1, tmp_path, monke
 def test_what_was_measured_last_is_not_forgotten_by_a_resumed_run(train, tmp_path):
     """A checkpoint carries the last validation's figures; nothing is measured between the resume and the next save."""
     train(steps=8, eval_every=5, save_every=6, init_from='auto')
-    figures = state_of(runtime.previous(tmp_path / 'student.pt'), 'figures')
+    figures = state_of(checkpoint.previous(tmp_path / 'student.pt'), 'metrics')
     (tmp_path / 'fvar_state.pt').unlink()                   # back to step 6
     train(steps=8, eval_every=100, save_every=7, init_from='auto')
-    assert state_of(runtime.previous(tmp_path / 'student.pt'))['/step'] == 7
-    assert state_of(runtime.previous(tmp_path / 'student.pt'), 'figures') == figures and figures
+    assert state_of(checkpoint.previous(tmp_path / 'student.pt'))['/step'] == 7
+    assert state_of(checkpoint.previous(tmp_path / 'student.pt'), 'metrics') == figures and figures
 
 
 def test_a_run_is_saved_between_its_steps_when_the_seconds_are_over(train, tmp_path):
@@ -369,7 +369,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
     assert steps[-1]['feature'] > 1e-5 and steps[-1]['kl'] > 1e-5
     peak = settings_of(train_fvar, STAGE2)['lr']
     assert [record['lr'] for record in steps] == [runtime.learning_rate(step, 12, peak, warmup=2) for step in range(12)]
-    assert validations[-1].keys() == {'step', 'val_bits_an_image', 'val_ce_per_map'} | {f'val_{t}' for t in terms - {'per_map'}}
+    assert validations[-1].keys() == {'step', 'val_bits_per_image', 'val_ce_per_map'} | {f'val_{t}' for t in terms - {'per_map'}}
     assert steps[-1]['ce'] < steps[0]['ce'] < 1.05 * math.log(32)
 
 

@@ -1,9 +1,8 @@
 """How fast every stage is on this machine, in one run, everything compared within it.
 
-    python bench.py                                             # the demo's networks on a CPU, the paper's on a GPU
-    python bench.py --baseline                                  # beside a plain transcription of the method
-    python bench.py --stage1=config/tokenizer_256.py --stage2=config/d16.py --batch_size=32 --parts=train,sample
-    python bench.py --parts=growth                              # hours and memory of every paper configuration, computed
+    python -m experiments.bench                                             # the demo's networks on a CPU, the paper's on a GPU
+    python -m experiments.bench --baseline                                  # beside a plain transcription of the method
+    python -m experiments.bench --stage1=config/tokenizer_256.py --stage2=config/d16.py --batch_size=32 --parts=train,sample
 
 pyramid    the focused views of a batch at 256 px, against direct convolution and FFT of the whole picture
 tokenizer  encoding into both kinds of tokens, decoding
@@ -11,8 +10,6 @@ encode     images to token files: the share of the time that both encoders take
 train      a step of stage 2 from token files; without teacher; compiled
 sample     latency of one picture and of a batch; without KV cache; compiled
 depths     time of d12 … d24 relative to d12 (Table 1, column Time)
-growth     computed, not measured: memory, FLOPs, hours and disk of every configuration of config/ on eight A100 at `share`
-           of their peak, from whole training steps on a GPU that is not there (fakegpu.py)
 
 The baseline computes tokens at every step, attends under one dense mask, concatenates its KV cache, sorts all codes and
 steps parameter by parameter. Weights are random, which changes no time. FLOPs are those of matrix products, convolutions
@@ -24,21 +21,20 @@ import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import encode
 import model
-import runtime
+from util import runtime
+from util.checkpoint import write_json
 import train_fvar
 import train_tokenizer
 from configurator import UserError, configure, read_config_file
-from data import Charts, normalize
-from fakegpu import FakeGPU
+from data import normalize
+from util.charts import Charts
 from model import FVAR, Teacher, build_student
 from pyramid import convolve, convolve_fft, decimate, defocus_decimate, focus_radii, psf
 from tokenizer import build_tokenizers
@@ -52,17 +48,10 @@ batch_size = 0                  # pictures a training step (default: the demo's 
 sample_batch = 0                # pictures of a sampled batch (default: 64)
 repeats = 5                     # times everything is repeated, in turn
 compiled = False                # also time compiled blocks (minutes to compile on a CPU)
-share = 0.4                     # share of the peak that the growth table supposes
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # of weights and tokens
 config = configure(globals())
-
-A100 = 312e12                   # FLOP/s in bfloat16, from NVIDIA's data sheet
-GPUS = 8
-STAGE_1 = ('tokenizer_256', 'tokenizer_512', 'tokenizer_1024')
-STAGE_2 = {'d12': 'tokenizer_256', 'd16': 'tokenizer_256', 'd20': 'tokenizer_256', 'd24': 'tokenizer_256',
-           'd36_512': 'tokenizer_512', 'd16_1024': 'tokenizer_1024'}
 
 
 # -----------------------------------------------------------------------------
@@ -320,119 +309,6 @@ def bench_depths(dev, autocast):
 
 
 # -----------------------------------------------------------------------------
-# what can only be computed here
-
-@contextmanager
-def configured(script, file, **changes):
-    """An imported training script, one of eight ranks, with the settings of a configuration; yields these.
-
-    A step has one pass: begin() leaves gradients as if there had been others before it.
-    """
-    values = settings(script, file) | changes
-    values |= {'batch_size': values['batch_size'] // values['grad_accum_steps'], 'grad_accum_steps': 1}
-    with mock.patch.multiple(script, **values, config=values), mock.patch.dict('os.environ', {'RANK': '0', 'WORLD_SIZE': str(GPUS)}):
-        yield SimpleNamespace(**values)
-
-
-def stand_in_lpips(dev):
-    """The real LPIPS network without its published weights."""
-    from torch_fidelity import sample_similarity_lpips as lpips
-    from torchvision.models import vgg16
-    with (mock.patch.object(lpips, 'load_state_dict_from_url', lambda *_, **__: {}),
-          mock.patch.object(lpips, 'torchvision_load_pretrained_vgg16', vgg16),
-          mock.patch.object(lpips.SampleSimilarityLPIPS, 'load_state_dict', lambda *_: None),
-          mock.patch.object(train_tokenizer.os.path, 'isfile', lambda path: True)):
-        return LOAD_LPIPS(dev)
-
-
-LOAD_LPIPS = train_tokenizer.load_lpips
-
-
-def begin(*optimizers):
-    """Gives optimizers the state that they have from their first step on, and their weights gradients."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group['params']:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-
-
-def stage1_on_a_gpu(gpu, file, **changes):
-    """(run, what a step of stage 1 with all terms of its loss needs, what a validation needs, pictures at a time)."""
-    with configured(train_tokenizer, file, **changes) as c, mock.patch.object(train_tokenizer, 'load_lpips', stand_in_lpips):
-        with gpu.building():
-            run = train_tokenizer.set_up(gpu.device)
-        begin(*filter(None, (run.optimizer, run.gan_optimizer)))
-        share = runtime.share_of_batch(c.batch_size)
-        images = torch.empty(share, 3, c.image_size, c.image_size, device=gpu.device).contiguous(memory_format=torch.channels_last)
-        train = observed(gpu, lambda: train_tokenizer.train_step(run, c.gan_start, images))
-        del images
-        held_out = torch.zeros(share, 3, c.image_size, c.image_size, dtype=torch.uint8)
-        validation = observed(gpu, lambda: train_tokenizer.validate(run.structure, run.alias, held_out, share, gpu.device))
-        return run, train, validation, share
-
-
-def stage2_on_a_gpu(gpu, first, file, **changes):
-    """The same of stage 2. With fsdp everything is computed whole, and then what other ranks would hold is taken off."""
-    with configured(train_fvar, file, **{'fsdp': False} | changes) as c:
-        with gpu.building():
-            structure, alias = build_tokenizers(settings(train_tokenizer, first))
-            run = train_fvar.set_up(gpu.device, structure.requires_grad_(False), alias, num_classes=1000)
-        begin(run.optimizer)
-        share = runtime.share_of_batch(c.batch_size)
-        sizes = (sum(run.student.lengths),), (sum(run.student.lengths[:-1]),), ()
-        batch = [torch.zeros(share, *size, dtype=torch.int64, device=gpu.device) for size in sizes]
-        train = observed(gpu, lambda: train_fvar.train_step(run, run.network, 0, batch))
-        held_out = [torch.zeros(share, *size, dtype=torch.int64) for size in sizes]
-        validation = observed(gpu, lambda: train_fvar.validate(run, [held_out], gpu.device))
-        if settings(train_fvar, file)['fsdp']:
-            block = max(map(train_fvar.count_parameters, train_fvar.blocks_of(run.network))) * 1e6
-            # 16 bytes a parameter for weights, gradients and Adam; two blocks are whole at a time, weights in 16 bits, gradients in 32
-            spared = 16 * train_fvar.count_parameters(run.network) * 1e6 * (GPUS - 1) / GPUS - 2 * (2 + 4) * block
-            train['bytes'] -= spared
-            validation['bytes'] -= spared
-        return run, train, validation, share
-
-
-def observed(gpu, function):
-    """Bytes at the peak, FLOPs and waits of a call."""
-    gpu.start()
-    function()
-    return {'bytes': gpu.peak, 'flops': gpu.flops, 'waits': dict(+gpu.waits)}
-
-
-def growth():
-    """Prints what every configuration of config/ needs on eight A100-80G, from whole training steps on a GPU that is not there."""
-    runtime.say(f'computed, not measured: {GPUS} × A100-80G at {share:.0%} of their peak, the batch and the steps of the configuration\n'
-                f'{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} {"TFLOP/image":>12} '
-                f'{"hours":>6} {"disk, GB":>9}')
-    table = []
-    for name in STAGE_1 + tuple(STAGE_2):
-        gpu = FakeGPU()
-        with gpu:
-            file, first = f'config/{name}.py', f'config/{STAGE_2.get(name)}.py'
-            if name in STAGE_1:
-                run, train, validation, images = stage1_on_a_gpu(gpu, file)
-                values, network = settings(train_tokenizer, file), run.networks
-                disk = 1_281_167 * settings(encode, file)['crops'] * 2 * (1 + sum(2 * p * p for p in values['patch_nums'])
-                                                                          - values['patch_nums'][-1] ** 2)
-            else:
-                run, train, validation, images = stage2_on_a_gpu(gpu, first, file)
-                values, network, disk = settings(train_fvar, file), run.network, 0
-            parameters = sum(p.numel() for p in network.parameters())
-            disk += 2 * (12 + 4) * parameters               # weights alone and with both averages, each with the one before it
-            hours = train['flops'] / images * values['batch_size'] * values['steps'] / (GPUS * A100 * share) / 3600
-            row = {'config': name, 'parameters': parameters, 'tokens': sum(p * p for p in run.structure.patch_nums),
-                   'gib': train['bytes'] / 2 ** 30, 'gib_validation': validation['bytes'] / 2 ** 30,
-                   'tflop_per_image': train['flops'] / images / 1e12, 'hours': hours, 'disk_gb': disk / 1e9}
-            del run, network
-        table.append(row)
-        runtime.say(f'{name:14} {row["parameters"] / 1e6:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} {row["gib_validation"]:11.1f} '
-                    f'{row["tflop_per_image"]:12.2f} {hours:6.0f} {row["disk_gb"]:9.1f}')
-    return table
-
-
-# -----------------------------------------------------------------------------
 # the run
 
 def main():
@@ -441,21 +317,20 @@ def main():
     runtime.require_positive(config, 'repeats')
     chosen = parts.split(',')
     for part in chosen:
-        if part not in ('pyramid', 'tokenizer', 'encode', 'train', 'sample', 'depths', 'growth'):
-            raise UserError(f'--parts={parts}: {part!r} is no part; give some of pyramid,tokenizer,encode,train,sample,depths,growth')
+        if part not in ('pyramid', 'tokenizer', 'encode', 'train', 'sample', 'depths'):
+            raise UserError(f'--parts={parts}: {part!r} is no part; give some of pyramid,tokenizer,encode,train,sample,depths')
     gpu = dev.type == 'cuda'
     first = settings(train_tokenizer, stage1 or ('config/tokenizer_256.py' if gpu else 'config/charts.py'))
     second = settings(train_fvar, stage2 or ('config/d16.py' if gpu else 'config/charts.py'))
     name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}'
     results = {'config': config, 'machine': name, 'torch': torch.__version__, 'rows': ROWS}
-    if set(chosen) != {'growth'}:
-        top = runtime.measured_peak(dev, autocast)
-        results['peak'] = top
-        runtime.say(f'{name}, torch {torch.__version__}; a large matrix product reaches {top / 1e12:.3f} TFLOP/s')
-        images = Charts('val', first['image_size'], batch_size or (32 if gpu else second['batch_size'])).images
-        if chosen != ['pyramid']:
-            structure, alias, network = networks(first, second, 1000 if gpu else 10, dev)
-        x = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
+    top = runtime.measured_peak(dev, autocast)
+    results['peak'] = top
+    runtime.say(f'{name}, torch {torch.__version__}; a large matrix product reaches {top / 1e12:.3f} TFLOP/s')
+    images = Charts('val', first['image_size'], batch_size or (32 if gpu else second['batch_size'])).images
+    if chosen != ['pyramid']:
+        structure, alias, network = networks(first, second, 1000 if gpu else 10, dev)
+    x = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
     if 'pyramid' in chosen:
         bench_pyramid(dev)
     if 'tokenizer' in chosen:
@@ -468,9 +343,7 @@ def main():
         bench_sample(structure, network.student, sample_batch or 64, dev, autocast, top)
     if 'depths' in chosen:
         bench_depths(dev, autocast)
-    if 'growth' in chosen:
-        results['growth'] = growth()
-    runtime.write_json(f'{out_dir}/bench.json', results)
+    write_json(f'{out_dir}/bench.json', results)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import torch
 
-import runtime
+from util import runtime
 from configurator import UserError
 from data import fetch, pictures_below, read_picture
 

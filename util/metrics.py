@@ -2,13 +2,11 @@
 
 Images are float (B, 3, H, W) in [−1, 1] where pairs are compared, uint8 (N, 3, H, W) where sets are.
 """
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import runtime
+from util import runtime
 from configurator import UserError
 from data import normalize
 
@@ -50,18 +48,6 @@ def ssim(a, b):
     similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
                   / ((mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2)))
     return similarity.mean().item()
-
-
-def sharpness(images, truth):
-    """Mean gradient of images relative to the truth's, at the tenth of the pixels where the truth's is steepest: 1 is as
-    sharp as the truth, less is softer. (B, C, H, W) each."""
-    def steepness(x):
-        right, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
-        return (right ** 2 + down ** 2).sum(1).sqrt().flatten(1)
-
-    of_truth = steepness(truth)
-    edges = of_truth >= of_truth.quantile(0.9, dim=1, keepdim=True)
-    return (steepness(images)[edges].mean() / of_truth[edges].mean()).item()
 
 
 # -----------------------------------------------------------------------------
@@ -117,36 +103,6 @@ def torch_fidelity_metrics(generated, real, weights_path, device='cpu', batch_si
     found = calculate_metrics(isc=True, fid=moments is None, prc=real is not None, **options)
     return {'fid': frechet_distance(*statistics(features), *moments) if moments else found['frechet_inception_distance'],
             'isc': found['inception_score_mean'], 'precision': found.get('precision'), 'recall': found.get('recall')}
-
-
-# -----------------------------------------------------------------------------
-# spectra
-
-def fade(images):
-    """Pictures of mean zero, faded out towards the border (Hann): the edge where they meet their repetition is not theirs."""
-    t = (torch.arange(images.shape[-1], dtype=torch.float64) + 0.5) / images.shape[-1]
-    window = torch.sin(math.pi * t) ** 2
-    window = window[:, None] * window
-    images = window * (images - images.mean((-1, -2), keepdim=True))
-    return images - images.mean((-1, -2), keepdim=True)
-
-
-def radial_power(images, bands=8):
-    """Power (bands,) of images (B, C, S, S) without their means, under a Hann window, in rings up to 0.5 cycles a pixel.
-
-    Ring b holds the frequencies from b/(2·bands) on; the constant is left out. White noise has the same in all
-    but the first, which loses a little with the mean.
-    """
-    spectrum = torch.fft.fft2(fade(images.double())).abs().square().mean((0, 1))
-    f = torch.fft.fftfreq(images.shape[-1], dtype=torch.float64)
-    radius = torch.hypot(f[:, None], f)
-    ring = (radius * 2 * bands).floor().long()
-    return torch.stack([spectrum[(ring == b) & (radius > 0)].mean() for b in range(bands)]).clamp(min=1e-12)
-
-
-def spectrum_distance(images, real):
-    """10·log10 of the power of images over that of real ones, for each ring: positive is too much. (bands,)"""
-    return 10 * torch.log10(radial_power(images) / radial_power(real))
 
 
 # -----------------------------------------------------------------------------

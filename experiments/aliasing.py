@@ -1,8 +1,8 @@
 """Aliasing measured: what folds into the views of the pyramid, and what a tokenizer and a generator make of pictures.
 
-    python aliasing.py                                          # the pyramid at 256 px, on held-out charts and on noise
-    python aliasing.py --tokenizer=out/tokenizer.pt             # and what that tokenizer reconstructs
-    python aliasing.py --tokenizer=out/tokenizer.pt --samples=samples.npz   # and samples (.npz, or a folder of PNGs)
+    python -m experiments.aliasing                                          # the pyramid at 256 px, on held-out charts and on noise
+    python -m experiments.aliasing --tokenizer=out/tokenizer.pt             # and what that tokenizer reconstructs
+    python -m experiments.aliasing --tokenizer=out/tokenizer.pt --samples=samples.npz   # and samples (.npz, or a folder of PNGs)
 
 folding    alias: share of a view's energy that came from above its Nyquist frequency; kept: energy below it, relative to
            an ideal low-pass. Only the two together mean something: blurring all away removes aliasing too.
@@ -23,12 +23,13 @@ import os
 import torch
 import torch.nn.functional as F
 
-import runtime
+from util import runtime
+from util.checkpoint import digest, write_json
 from configurator import UserError, configure
 from data import normalize, open_dataset
-from metrics import fade, psnr, spectrum_distance
-from picture_sets import load_images, read_samples
-from pictures import picture_grid, save_png
+from util.metrics import psnr
+from util.picture_sets import load_images, read_samples
+from util.pictures import picture_grid, save_png
 from pyramid import defocus_decimate, focus_radii, psf, view_sizes
 from tokenizer import load_tokenizers
 
@@ -216,6 +217,36 @@ def view_mtf(radius, side, size, kernel):
 
 
 # -----------------------------------------------------------------------------
+# spectra
+
+def fade(images):
+    """Pictures of mean zero, faded out towards the border (Hann): the edge where they meet their repetition is not theirs."""
+    t = (torch.arange(images.shape[-1], dtype=torch.float64) + 0.5) / images.shape[-1]
+    window = torch.sin(math.pi * t) ** 2
+    window = window[:, None] * window
+    images = window * (images - images.mean((-1, -2), keepdim=True))
+    return images - images.mean((-1, -2), keepdim=True)
+
+
+def radial_power(images, bands=8):
+    """Power (bands,) of images (B, C, S, S) without their means, under a Hann window, in rings up to 0.5 cycles a pixel.
+
+    Ring b holds the frequencies from b/(2·bands) on; the constant is left out. White noise has the same in all
+    but the first, which loses a little with the mean.
+    """
+    spectrum = torch.fft.fft2(fade(images.double())).abs().square().mean((0, 1))
+    f = torch.fft.fftfreq(images.shape[-1], dtype=torch.float64)
+    radius = torch.hypot(f[:, None], f)
+    ring = (radius * 2 * bands).floor().long()
+    return torch.stack([spectrum[(ring == b) & (radius > 0)].mean() for b in range(bands)]).clamp(min=1e-12)
+
+
+def spectrum_distance(images, real):
+    """10·log10 of the power of images over that of real ones, for each ring: positive is too much. (bands,)"""
+    return 10 * torch.log10(radial_power(images) / radial_power(real))
+
+
+# -----------------------------------------------------------------------------
 # reconstructions and samples
 
 @torch.no_grad()
@@ -346,7 +377,7 @@ def main():
     generated = read_samples(samples, side, views_of.classes)[0] if samples else None
     results['pyramid'] = measure_pyramid(normalize(images).mean(1, keepdim=True))
     if structure:
-        results['tokenizer_digest'] = runtime.digest(structure.state_dict())
+        results['tokenizer_digest'] = digest(structure.state_dict())
         results['tokenizer'] = measure_tokenizer(structure, data_name)
     if structure or samples:
         real, labels = load_images(open_dataset(data_name, 'val', side, real_images, augment=False), real_images)
@@ -357,7 +388,7 @@ def main():
         if samples:
             sets['generated'] = normalize(generated)
         results['spectrum'] = measure_spectra(sets, normalize(real), labels)
-    runtime.write_json(os.path.join(out_dir, 'aliasing.json'), results)
+    write_json(os.path.join(out_dir, 'aliasing.json'), results)
     save_png(os.path.join(out_dir, 'aliasing.png'), draw())
     runtime.say(f'wrote {out_dir}/aliasing.json and aliasing.png')
 

@@ -1,11 +1,11 @@
 r"""Tables 3 and 4 of the paper at desk scale: all rows with one budget, several seeds, and one CNN for FD-cnn.
 
-    python ablation.py --processes=2                # all of it; the same command goes on where it stopped
-    python ablation.py --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
-    python ablation.py --data=DIR --vocab_size=1024 --tokenizer_steps=2500 --cnn_steps=2000 --out_dir=out-photos \
+    python -m experiments.ablation --processes=2                # all of it; the same command goes on where it stopped
+    python -m experiments.ablation --seeds=2 --tokenizer_steps=200 --steps=400 --minutes=30 --results=quick.json    # a first half an hour
+    python -m experiments.ablation --data=DIR --vocab_size=1024 --tokenizer_steps=2500 --cnn_steps=2000 --out_dir=out-photos \
         --results=results/ablation_photos.json      # on photographs
-    python ablation.py --table                      # what was found so far, as a Markdown table
-    python ablation.py --figures                    # VAR and FVAR side by side: ablation_charts_samples.png, …_curves.png
+    python -m experiments.ablation --table                      # what was found so far, as a Markdown table
+    python -m experiments.ablation --figures                    # VAR and FVAR side by side: ablation_charts_samples.png, …_curves.png
 
 A row and a seed take six pieces of work, each a run of a script of this folder on one thread: tokenizers → token files →
 student → evaluation, and two evaluations that only sample in another way. Rows with the same stage 1 share its pieces.
@@ -30,15 +30,16 @@ import torch
 
 import encode
 import evaluate
-import runtime
+from util import runtime
+from util.checkpoint import read_log, write_json
 import train_fvar
 import train_tokenizer
 from configurator import HERE, UserError, configure, parse_value, read_config_file
 from data import normalize, open_dataset, sample_generators
-from metrics import spectrum_distance
-from model import load_deployed
-from picture_sets import load_images
-from pictures import line_chart, picture_grid, save_png, side_by_side
+from experiments.aliasing import spectrum_distance
+from published import load_deployed
+from util.picture_sets import load_images
+from util.pictures import line_chart, picture_grid, save_png, side_by_side
 
 # input and output
 out_dir = 'out-ablation'        # tokenizers, token files and students, a folder for each row and seed
@@ -209,7 +210,7 @@ def work(pieces, runs):
                         log = f'{piece.folder}/{piece.script}.log'
                         last = Path(log).read_text(encoding='utf-8').splitlines()[-1:]
                         raise UserError(f'{piece.script} failed ({log}): {"".join(last).removeprefix("error: ")}')
-                    runtime.write_json(marker, {'seconds': round(time.monotonic() - started, 1), 'made_with': made_with(piece)})
+                    write_json(marker, {'seconds': round(time.monotonic() - started, 1), 'made_with': made_with(piece)})
                     done.add(marker)
                     if piece.script == 'evaluate':
                         collect(runs)
@@ -228,7 +229,7 @@ def outcome(evaluation):
     found, of = all_found[0], distances[0]
     values = {'psnr': found['tokenizer']['psnr'], 'ssim': found['tokenizer']['ssim'], 'floor': of['real']['fd_cnn'],
               'rfd': of['reconstructed']['fd_cnn'], 'fd': of['generated']['fd_cnn'], 'recognised': of['generated']['recognised'],
-              'bits': found['student']['bits_an_image']}
+              'bits': found['student']['bits_per_image']}
     fd_sampled = [[piece.settings['cfg'], piece.settings['top_p'], round(sets['generated']['fd_cnn'], 4)]
                   for piece, sets in zip((evaluation, *others), distances)]
     return {name: round(value, 4) for name, value in values.items()} | {
@@ -246,14 +247,14 @@ def collect(runs):
     known = {(run['row'], run['seed']): run for run in saved['runs']}
     known |= {(row, seed): {'row': row, 'seed': seed} | outcome(piece) for (row, seed), piece in runs.items()
               if all(map(finished, with_needs(piece)))}
-    runtime.write_json(results, saved | {'runs': list(known.values())})
+    write_json(results, saved | {'runs': list(known.values())})
 
 
 def read_runs():
     """The runs of the results file. UserError where there is none."""
     runs = json.loads(Path(results).read_text(encoding='utf-8'))['runs'] if os.path.isfile(results) else []
     if not runs:
-        raise UserError(f'{results}: nothing is finished yet; python ablation.py goes on')
+        raise UserError(f'{results}: nothing is finished yet; python -m experiments.ablation goes on')
     return runs
 
 
@@ -334,7 +335,7 @@ def draw(runs):
         drawn[name] = torch.cat([
             network.generate(structure, wanted[some], how['cfg'], how['top_k'], how['top_p'], sample_generators(0, some))[1]
             for some in numbers.split(100)])
-        records = [record for record in runtime.read_log(f'{student.folder}/fvar.jsonl') if 'ce' in record]
+        records = [record for record in read_log(f'{student.folder}/fvar.jsonl') if 'ce' in record]
         ce = [mean(record['ce'] for record in records[max(0, i - 4):i + 1]) for i in range(len(records))]
         losses[name] = [record['step'] for record in records], ce
         errors[name] = rings, spectrum_distance(decoded[name] - real, real).tolist()

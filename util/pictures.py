@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from configurator import UserError
-from data import Charts, normalize, read_picture, square_crop, to_uint8
-from runtime import atomic_write
+from data import normalize, read_picture, square_crop, to_uint8
+from util.charts import Charts
+from util.checkpoint import atomic_write
 
 
 def open_photo(path, image_size):
