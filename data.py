@@ -192,17 +192,18 @@ class ImageFolder(Dataset):
         return crop.flip(-1) if self.flip and mirror < 0.5 else crop
 
 
-def open_dataset(data, split, image_size, count=None, augment=True, seed=0):
+def open_dataset(data, split, image_size, count=None, augment=True, flip=False, seed=0):
     """'charts' (count images, by default 12,000 for train and 1,000 for val) or a folder of images (all of them).
 
-    'charts:4000' has that many for train. UserError if that is no number.
+    'charts:4000' has 4,000 for train. augment, flip and seed are for a folder: see ImageFolder. Raises UserError if
+    the number is not one.
     """
     name, _, many = data.partition(':')
     if name == 'charts':
         if many and not many.isdecimal():
             raise UserError(f'data={data!r}: write charts, or how many to train on as in charts:4000')
-        return Charts(split, image_size, count or (int(many or 12_000) if split == 'train' else 1_000), seed)
-    return ImageFolder(data, split, image_size, augment, seed=seed)
+        return Charts(split, image_size, count or (int(many or 12_000) if split == 'train' else 1_000))
+    return ImageFolder(data, split, image_size, augment, flip, seed)
 
 
 # -----------------------------------------------------------------------------
@@ -369,10 +370,11 @@ class TokenDataset:
 
     A row holds the structure tokens of every scale (L = Σ p² over patch_nums), then the alias tokens (La, over
     alias_patch_nums), then the label. meta is the json as a dict; classes the class names. UserError for
-    missing files, a file of another size than the json says, and tokens or labels out of range.
+    missing files, a file of another size than the json says, tokens or labels out of range, and, where
+    tokenizer_digest is given, tokens from another tokenizer.
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, tokenizer_digest=None):
         folder = Path(folder).expanduser()
         self.path, description = folder / f'{split}.bin', folder / f'{split}.json'
         if not (self.path.is_file() and description.is_file()):
@@ -393,6 +395,8 @@ class TokenDataset:
         if size != wanted:
             raise UserError(f'{str(self.path)!a} has {size} bytes instead of {wanted}: '
                             f'truncated, or of another run; run encode.py again')
+        if tokenizer_digest and self.meta.get('tokenizer') != tokenizer_digest:
+            raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
         self.tokens = np.memmap(self.path, dtype='<u2', mode='r', shape=(self.rows, columns))
 
     def __len__(self):

@@ -67,14 +67,16 @@ def is_there(final, meta):
 
 
 def encode_split(split, structure, alias, stage1, dev, autocast):
-    dataset = open_dataset(data or stage1['config']['data'], split, structure.image_size, augment=split == 'train')
+    flip = stage1['config'].get('flip', False)
+    dataset = open_dataset(data or stage1['config']['data'], split, structure.image_size, augment=split == 'train', flip=flip,
+                           seed=seed)
     per_image = crops if split == 'train' else 1
     lengths = [p * p for p in structure.patch_nums]
     rows, columns = len(dataset) * per_image, sum(lengths) + sum(lengths[:-1]) + 1
     meta = {'rows': rows, 'columns': columns, 'patch_nums': list(structure.patch_nums),
             'alias_patch_nums': list(alias.patch_nums), 'vocab_size': structure.quantizer.codebook.num_embeddings,
             'alias_vocab_size': alias.vocab_size, 'classes': dataset.classes, 'data': data or stage1['config']['data'],
-            'crops': per_image, 'seed': seed, 'batch_size': batch_size, 'tokenizer': digest(structure.state_dict()),
+            'crops': per_image, 'flip': flip, 'seed': seed, 'batch_size': batch_size, 'tokenizer': digest(structure.state_dict()),
             'alias_tokenizer': digest(alias.state_dict())}
     if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')

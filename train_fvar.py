@@ -81,11 +81,8 @@ class TokenFiles:
     """Pictures as token maps, read from encode.py's files. Batches are (structure (B, L), alias (B, La), labels (B,))."""
 
     def __init__(self, folder, tokenizer_digest):
-        self.train, self.held_out = TokenDataset(folder, 'train'), TokenDataset(folder, 'val')
+        self.train, self.held_out = (TokenDataset(folder, split, tokenizer_digest) for split in ('train', 'val'))
         self.classes = self.train.classes
-        for dataset in (self.train, self.held_out):
-            if dataset.meta.get('tokenizer') != tokenizer_digest:
-                raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
 
     def endless(self, start):
         for keys in EndlessBatches(len(self.train), batch_size, seed, runtime.rank(), runtime.world_size(), start):

@@ -430,6 +430,17 @@ def test_signals_to_the_whole_job_leave_loader_workers_at_work(folder):
         assert not child.is_alive()
 
 
+def test_open_dataset_passes_flip_and_seed_on_to_folders_alone(folder):
+    def crops(**options):
+        dataset = open_dataset(str(folder), 'train', 16, **options)
+        return torch.stack([dataset[2, position][0] for position in range(10)])
+
+    assert torch.equal(crops(seed=0), crops()) and not torch.equal(crops(seed=1), crops())
+    assert not torch.equal(crops(flip=True), crops())
+    charts = [open_dataset('charts:10', 'train', 8, seed=seed).images for seed in (0, 1)]
+    assert torch.equal(*charts)
+
+
 def test_a_folder_in_order(folder):
     dataset = ImageFolder(folder, 'train', 16)
     parts = list(in_order(dataset, 3))
@@ -480,6 +491,12 @@ def test_truncated_tokens_are_noticed(tokens):
     os.truncate(tokens[0] / 'train.bin', 68)
     with pytest.raises(UserError, match='68 bytes instead of 70'):
         TokenDataset(tokens[0], 'train')
+
+
+def test_tokens_of_another_tokenizer_are_noticed(tokens):
+    TokenDataset(tokens[0], 'train', 'abc123')
+    with pytest.raises(UserError, match='these tokens come from another tokenizer; run encode.py again'):
+        TokenDataset(tokens[0], 'train', 'abc124')
 
 
 @pytest.mark.parametrize('changes', [dict(columns=8), dict(rows=0), dict(patch_nums=None), dict(classes=None)])
