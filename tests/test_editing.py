@@ -6,13 +6,13 @@ import torch
 
 from configurator import UserError
 from data import normalize
-from util.charts import Charts
+from editing import consistent, edit, feather, known_states, painted_tokens, refocus, wiener
 from experiments.refocus import unsharp
-from editing import consistent, edit, feather, painted_cells, refocus, states_known, wiener
 from model import VAR
-from util.metrics import psnr
 from pyramid import defocus
 from tokenizer import StructureTokenizer
+from util.charts import Charts
+from util.metrics import psnr
 
 PATCH_NUMS = (1, 2, 4, 8)
 RADII = [4.0, 2.0, 1.0, 0.0]
@@ -62,11 +62,10 @@ def test_given_tokens_stay_and_the_others_are_drawn(networks, photo):
 
 
 @pytest.mark.parametrize('smooth', [False, True])
-@pytest.mark.parametrize('kv_cache', [False, True])
-def test_a_picture_given_whole_is_decoded_as_it_is(networks, photo, smooth, kv_cache):
+def test_a_picture_given_whole_is_decoded_as_it_is(networks, photo, smooth):
     tokenizer, student = networks
     own = tokenizer.encode(photo)
-    tokens, images = student.generate(tokenizer, torch.tensor([1]), given=own, smooth=smooth, kv_cache=kv_cache, generator=seeded())
+    tokens, images = student.generate(tokenizer, torch.tensor([1]), given=own, smooth=smooth, generator=seeded())
     assert all(map(torch.equal, tokens, own)) and torch.allclose(images, tokenizer.decode(own), atol=1e-5)
 
 
@@ -82,14 +81,14 @@ def test_what_is_drawn_depends_on_what_is_given(networks, photo):
 # masks
 
 def test_a_token_is_painted_if_half_of_its_cell_is():
-    right_half, one, two, four, eight = box(16, 0, 32, 32), *painted_cells(box(16, 0, 32, 32), PATCH_NUMS)
+    right_half, one, two, four, eight = box(16, 0, 32, 32), *painted_tokens(box(16, 0, 32, 32), PATCH_NUMS)
     assert two.tolist() == [[False, True, False, True]]
     assert four.view(4, 4).tolist() == 4 * [[False, False, True, True]]
     assert not one.any(), 'the first map holds the tone of the whole'
     assert torch.equal(eight.view(8, 8).float(), right_half[2::4, 2::4])
-    assert [cells.sum().item() for cells in painted_cells(box(0, 0, 8, 8), PATCH_NUMS)] == [0, 0, 1, 4]
-    assert [cells.sum().item() for cells in painted_cells(box(0, 0, 8, 5), (1, 4))] == [0, 1]
-    assert [cells.sum().item() for cells in painted_cells(box(0, 0, 8, 3), (1, 4))] == [0, 0]
+    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 8), PATCH_NUMS)] == [0, 0, 1, 4]
+    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 5), (1, 4))] == [0, 1]
+    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 3), (1, 4))] == [0, 0]
 
 
 def test_the_seam_is_feathered_inside_the_mask_only():
@@ -142,7 +141,7 @@ def test_seed_and_class_change_the_painted_part_alone(networks, photo):
 
 @pytest.mark.parametrize('radius, states', [(4, 1), (3, 1), (2.001, 1), (2, 2), (1.5, 2), (1, 3), (0.6, 3)])
 def test_a_photo_tells_the_states_that_are_blurred_at_least_as_much(radius, states):
-    assert states_known(RADII, radius) == states
+    assert known_states(RADII, radius) == RADII[:states]
 
 
 @pytest.mark.parametrize('radius', [4.1, 0.5, 0.0, -1.0, math.nan])
