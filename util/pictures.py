@@ -1,7 +1,4 @@
-"""Tensors to picture files and back: photos and masks in, labelled grids and GIFs out; and how far two pictures differ.
-
-Images are float in [−1, 1].
-"""
+"""Picture files: photos and masks in, labelled grids and GIFs out. Images are float in [−1, 1]."""
 import math
 import os
 
@@ -16,131 +13,119 @@ from util.charts import Charts
 from util.checkpoint import atomic_write
 
 
+# -----------------------------------------------------------------------------
+# photos and masks
+
 def open_photo(path, image_size):
-    """A photo as a PIL RGB image, or an embedded chart by its name, image_size wide. UserError when it can not be read."""
+    """A file, or an embedded chart by its name, as a PIL RGB image of at least image_size, or its full size.
+
+    Raises UserError if the file cannot be read.
+    """
     if path in Charts.classes:
-        return to_picture(normalize(Charts('val', image_size, len(Charts.classes)).images[Charts.classes.index(path)]))
+        charts = Charts('val', image_size, len(Charts.classes))
+        return to_picture(normalize(charts.images[Charts.classes.index(path)]))
     try:
         return read_picture(path, 2 * image_size)
     except FileNotFoundError:
         raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
-        raise UserError(f'{path!a} can not be read as a picture ({type(error).__name__}: {error})') from None
+        raise UserError(f'{path!a} cannot be read as a picture ({type(error).__name__}: {error})') from None
 
 
 def load_photo(path, image_size):
-    """A photo's centre square at image_size pixels: (1, 3, S, S); path as in open_photo."""
-    image = open_photo(path, image_size)
-    return normalize(square_crop(image, image_size, min(image.size)))[None]
+    """The centre square of a photo: (1, 3, S, S). path: as in open_photo."""
+    photo = open_photo(path, image_size)
+    return normalize(square_crop(photo, image_size, min(photo.size)))[None]
 
 
-def read_box(name, text, limit):
-    """Four whole numbers LEFT,TOP,RIGHT,BOTTOM in 0 … limit; UserError otherwise."""
-    numbers = text if isinstance(text, tuple) else tuple(int(n) if n.strip().isdecimal() else -1 for n in text.split(','))
-    if len(numbers) != 4 or not all(type(n) is int and 0 <= n <= limit for n in numbers):
-        raise UserError(f'--{name}={",".join(map(str, numbers))}: give LEFT,TOP,RIGHT,BOTTOM, whole numbers from 0 to {limit}')
+def check_box(name, box, limit):
+    """Four integers LEFT,TOP,RIGHT,BOTTOM from a sequence of numbers or strings.
+
+    Raises UserError unless all are whole numbers from 0 to limit. name: the setting they come from.
+    """
+    numbers = [int(side) for side in map(str, box) if side.strip().isdecimal()]
+    if not len(box) == len(numbers) == 4 or max(numbers) > limit:
+        raise UserError(f'--{name}={",".join(map(str, box))}: give LEFT,TOP,RIGHT,BOTTOM, '
+                        f'whole numbers from 0 to {limit}')
     return numbers
 
 
 def load_mask(mask, photo, image_size):
-    """The part of a photo to be drawn anew, (S, S) of 0 and 1, as load_photo crops it.
+    """The part of a photo to repaint: (S, S), 1 inside and 0 outside, cropped like the photo in load_photo.
 
-    mask: a picture of the photo's proportions, white there; or 'LEFT,TOP,RIGHT,BOTTOM', a box in pixels of the result.
+    mask: a picture with the photo's proportions, white where to repaint; or 'LEFT,TOP,RIGHT,BOTTOM', a box in
+    pixels of the result.
     """
     if ',' in mask and not os.path.exists(mask):
-        left, top, right, bottom = read_box('mask', mask, image_size)
-        painted = torch.zeros(image_size, image_size)
-        painted[top:bottom, left:right] = 1
+        left, top, right, bottom = check_box('mask', mask.split(','), image_size)
+        inside = torch.zeros(image_size, image_size)
+        inside[top:bottom, left:right] = 1
     else:
-        image, (width, height) = open_photo(mask, image_size), open_photo(photo, image_size).size
-        if abs(image.width / image.height - width / height) > 0.02 * width / height:
-            raise UserError(f'{mask!a} is {image.width} × {image.height}, the photo {width} × {height}: draw the mask on the photo')
-        painted = (normalize(square_crop(image, image_size, min(image.size))).mean(0) > 0).float()
-    if painted.min() == painted.max():
-        raise UserError(f'--mask={mask}: {"all" if painted.max() else "nothing"} of the photo is to be drawn anew; '
-                        f'white is what changes, black what stays')
-    return painted
+        w, h = open_photo(mask, image_size).size
+        width, height = open_photo(photo, image_size).size
+        if abs(w / h - width / height) > 0.02 * width / height:
+            raise UserError(f'{mask!a} is {w} × {h}, the photo {width} × {height}: '
+                            f'the mask must have the proportions of the photo')
+        inside = (load_photo(mask, image_size)[0].mean(0) > 0).float()
+    if inside.min() == inside.max():
+        raise UserError(f'--mask={mask}: covers {"all" if inside.max() else "nothing"} of the photo; '
+                        f'white is repainted, black is kept')
+    return inside
 
 
 def place_photo(path, image_size, margins):
-    """A photo with margins (left, top, right, bottom) in pixels of the result: (canvas (1, 3, S, S), margins (S, S) as 1).
+    """A photo inside margins LEFT,TOP,RIGHT,BOTTOM, in pixels of the result.
 
-    It is cut to the proportions of what the margins leave, around its centre; its edges go on into the margins.
+    Returns a canvas (1, 3, S, S) and a mask (S, S), 1 in the margins. The photo is cropped around its centre
+    to the proportions of the space left for it, and its edge pixels are repeated into the margins.
     """
-    left, top, right, bottom = read_box('outpaint', margins, image_size - 1)
-    width, height = image_size - left - right, image_size - top - bottom
-    if width < 1 or height < 1 or not any(margins):
-        raise UserError(f'--outpaint={",".join(map(str, margins))}: of {image_size} pixels some must stay for the photo, '
-                        f'and some for what is around it')
-    image = ImageOps.fit(open_photo(path, image_size), (width, height), Image.Resampling.LANCZOS)
-    photo = normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
-    painted = F.pad(torch.zeros(height, width), (left, right, top, bottom), value=1.0)
-    return F.pad(photo, (left, right, top, bottom), mode='replicate'), painted
+    left, top, right, bottom = check_box('outpaint', margins, image_size - 1)
+    width = image_size - left - right
+    height = image_size - top - bottom
+    if min(width, height) < 1 or not any(margins):
+        raise UserError(f'--outpaint={",".join(map(str, margins))}: leave some of the {image_size} pixels '
+                        f'for the photo, and some for what is around it')
+    photo = open_photo(path, image_size)
+    photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
+    photo = normalize(torch.from_numpy(np.array(photo)).permute(2, 0, 1))[None]
+    padding = left, right, top, bottom
+    mask = F.pad(torch.zeros(height, width), padding, value=1.0)
+    return F.pad(photo, padding, mode='replicate'), mask
 
 
-def to_picture(image, side=0):
-    """One image (3, S, S) → PIL; with `side`, enlarged to that many pixels without smoothing."""
-    picture = Image.fromarray(to_uint8(image.cpu()).permute(1, 2, 0).numpy())
-    return picture.resize((side, side), Image.Resampling.NEAREST) if side else picture
+# -----------------------------------------------------------------------------
+# grids and files
+
+def to_picture(image):
+    """One image (3, S, S) as a PIL picture."""
+    return Image.fromarray(to_uint8(image.cpu()).permute(1, 2, 0).numpy())
 
 
 def picture_grid(images, columns, row_names=(), column_names=(), side=0):
-    """(N, 3, S, S) → a PIL picture, row by row, each cell `side` pixels (by default S, at least 64) wide.
+    """Images (N, 3, S, S) row by row in one PIL picture, each `side` pixels wide (default: S, at least 64).
 
-    row_names are written to the left of the rows, column_names (of up to two lines) above the columns.
+    They are resized without smoothing. row_names stand to the left of the rows, column_names (one or two lines
+    each) above the columns.
     """
     S = images.shape[-1]
-    side = side or max(1, math.ceil(64 / S)) * S
-    gap, font = 2, ImageFont.load_default(14)
+    side = side or math.ceil(64 / S) * S
+    pitch = side + 2
+    font = ImageFont.load_default(14)
     left = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
-    top = 40 if any('\n' in name for name in column_names) else 24 if column_names else 0
-    rows = math.ceil(len(images) / columns)
-    canvas = Image.new('RGB', (left + columns * (side + gap) - gap, top + rows * (side + gap) - gap), 'white')
-    pen = ImageDraw.Draw(canvas)
-    for column, name in enumerate(column_names):
-        pen.text((left + column * (side + gap) + 4, 2), name, 'black', font)
+    top = max((24 + 16 * name.count('\n') for name in column_names), default=0)
+    width = left + columns * pitch - 2
+    height = top + math.ceil(len(images) / columns) * pitch - 2
+    canvas = Image.new('RGB', (width, height), 'white')
+    draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        canvas.paste(to_picture(image, side), (left + column * (side + gap), top + row * (side + gap)))
+        cell = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(cell, (left + column * pitch, top + row * pitch))
     for row, name in enumerate(row_names):
-        pen.text((6, top + row * (side + gap) + side // 2 - 9), name, 'black', font)
-    return canvas
-
-
-def line_chart(lines, x_name, y_name, width=480, height=320):
-    """{name: (xs, ys)} → a PIL picture of the lines in one pair of axes, at most four of them; points that are not finite are left out."""
-    font, left, top, right, colors = ImageFont.load_default(13), 58, 26, width - 16, ('#c0392b', '#2471a3', '#7f8c8d', '#27ae60')
-    canvas = Image.new('RGB', (width, height), 'white')
-    pen, inner = ImageDraw.Draw(canvas), (right - left, height - top - 42)
-    lines = {name: [point for point in zip(*line) if math.isfinite(sum(point))] for name, line in lines.items()}
-    low, high = ([choose(point[axis] for line in lines.values() for point in line) for axis in (0, 1)] for choose in (min, max))
-
-    def place(point):
-        x, y = ((value - a) / ((b - a) or 1) for value, a, b in zip(point, low, high))
-        return left + x * inner[0], top + (1 - y) * inner[1]
-
-    for axis in (0, 1):
-        span = (high[axis] - low[axis]) or 1
-        step = 10 ** math.floor(math.log10(span / 2))       # 1, 2 or 5 times a power of ten: two to six ticks
-        step *= next(factor for factor in (5, 2, 1) if span / (step * factor) >= 2 or factor == 1)
-        for i in range(math.ceil(low[axis] / step), math.floor(high[axis] / step) + 1):
-            x, y = place((i * step, low[1]) if axis == 0 else (low[0], i * step))
-            pen.line((x, top, x, top + inner[1]) if axis == 0 else (left, y, left + inner[0], y), '#dddddd')
-            pen.text((x, top + inner[1] + 5) if axis == 0 else (left - 6, y), f'{i * step:.4g}', 'black', font, 'ma' if axis == 0 else 'rm')
-    for (name, line), color in zip(lines.items(), colors):
-        pen.line([place(point) for point in line], color, 2)
-        pen.text((right, 4), name, color, font, 'ra')
-        right -= font.getlength(name) + 12
-    pen.text((left + inner[0] / 2, height - 4), x_name, 'black', font, 'md')
-    pen.text((4, 4), y_name, 'black', font)
-    return canvas
-
-
-def side_by_side(pictures):
-    """PIL pictures of one height as one."""
-    canvas = Image.new('RGB', (sum(picture.width for picture in pictures), pictures[0].height))
-    for i, picture in enumerate(pictures):
-        canvas.paste(picture, (sum(before.width for before in pictures[:i]), 0))
+        middle = top + row * pitch + side // 2
+        draw.text((6, middle - 9), name, 'black', font)
+    for column, name in enumerate(column_names):
+        draw.text((left + column * pitch + 4, 2), name, 'black', font)
     return canvas
 
 
@@ -149,9 +134,11 @@ def save_png(path, picture):
         picture.save(file, 'PNG')
 
 
-def save_gif(path, frames, seconds=0.5, last=2.0):
-    """PIL frames → an endless GIF that rests on the last one."""
-    durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(1000 * last)]
-    frames = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+def save_gif(path, frames):
+    """PIL frames → an endless GIF: half a second per frame, two for the last."""
+    first, *rest = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    milliseconds = [500] * len(rest) + [2000]
     with atomic_write(path) as file:
-        frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        first.save(
+            file, 'GIF', save_all=True, append_images=rest,
+            duration=milliseconds, loop=0)
