@@ -19,7 +19,7 @@ help:
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.12 takes another")'
 	$(PYTHON) -m venv $(VENV)
-	$(python) -m pip install --quiet -r requirements.txt pytest pytest-xdist pytest-cov ruff
+	$(python) -m pip install --quiet -r requirements.txt pytest pytest-xdist pytest-cov ruff matplotlib
 	touch $@
 
 demo: $(VENV)/installed
