@@ -89,7 +89,7 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     table = open_table(partial, meta, rows, columns, np.uint16, NOT_YET)
     undone = undone_batches(table, batch_size, NOT_YET)
     supply = fetch(Rows(dataset, random_crops=split == 'train'), undone, workers)
-    bar = runtime.progress(len(undone), label=f'encode {split}', scale=batch_size * runtime.world_size())
+    bar = runtime.progress(len(undone), label=f'encode {split}', images_per_step=batch_size * runtime.world_size())
     for batch, (images, labels) in zip(undone, supply):
         images = normalize(runtime.to_device(images, dev)).contiguous(memory_format=torch.channels_last)
         noise = runtime.noise_of(batch, dev, seed, split == 'train')

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from util import runtime
-from util.checkpoint import atomic_write, digest, write_weights
+from util.checkpoint import atomic_write, digest
 from configurator import UserError, configure
 from data import balanced_labels, close_table, open_table, sample_generators, to_uint8, undone_batches
 from editing import edit as edit_photo, refocus as refocus_photo
@@ -140,7 +140,7 @@ def write_samples(structure, network, checkpoint, autocast, dev):
     table = open_table(partial, made_with, num_samples, size * size * 3 + 1, np.uint8, NOT_YET)
     at_once = batch_size or pictures_at_once(network)
     undone = undone_batches(table, at_once, NOT_YET)
-    bar = runtime.progress(len(undone), label='sample', scale=at_once * runtime.world_size())
+    bar = runtime.progress(len(undone), label='sample', images_per_step=at_once * runtime.world_size())
     for batch in undone:
         rows, generators = slice(batch.start, batch.stop), sample_generators(seed, batch)
         with autocast():
@@ -196,7 +196,7 @@ def write_published(structure, network):
              f'var_d{len(network.blocks)}.pth')
     for name, weights in zip(files, to_official(structure, network)):
         with atomic_write(os.path.join(export, name)) as file:
-            write_weights(file, {key: value.contiguous().cpu() for key, value in weights.items()})
+            torch.save({key: value.contiguous().cpu() for key, value in weights.items()}, file)
     runtime.say(f'wrote {export}/{files[0]} and {export}/{files[1]}; token maps {",".join(map(str, structure.patch_nums))}')
 
 

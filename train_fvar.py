@@ -180,7 +180,7 @@ def train_step(run, trained, step, batch):
     """
     structure_tokens, alias_tokens, labels = batch
     numbers, student = runtime.sample_numbers(step, batch_size), run.student
-    uniform = runtime.draw(torch.rand, (1 + 2 * len(student.blocks),), numbers, labels.device, seed, 4)
+    uniform = runtime.random_numbers(torch.rand, (1 + 2 * len(student.blocks),), numbers, labels.device, seed, 4)
     labels = torch.where(uniform[:, 0] < class_dropout, student.num_classes, labels)
     drop_path_mask, inputs = student.drop_path_mask(uniform[:, 1:]), token_inputs(run.structure, structure_tokens)
 
@@ -257,9 +257,9 @@ def main():
                 'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict()})
         runtime.barrier()
 
-    trained = runtime.parallel(run.network, dev)
+    trained = runtime.parallel(run.network)
     log = Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
-    bar = runtime.progress(steps, step, 'fvar' if distill else 'var', scale=batch_size)
+    bar = runtime.progress(steps, step, 'fvar' if distill else 'var', images_per_step=batch_size)
     supply = runtime.Waiting(source.endless(step))
     saving = runtime.Saving(save_every, save_seconds)
     speed = runtime.Speed(batch_size, flops_per_image(structure, alias, len(source.classes)), runtime.peak_flops(dev, autocast))

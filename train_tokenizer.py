@@ -361,7 +361,7 @@ def main():
     if steps == 0:
         save({})
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
-    bar = runtime.progress(steps, step, 'tokenizers', unit='img', scale=batch_size)
+    bar = runtime.progress(steps, step, 'tokenizers', images_per_step=batch_size)
     supply = runtime.Waiting(batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers))
     saving = runtime.Saving(save_every, save_seconds)
     speed = runtime.Speed(batch_size, flops_per_image(run) if step < steps else 0, runtime.peak_flops(dev, run.autocast))

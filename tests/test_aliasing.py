@@ -359,7 +359,7 @@ def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
     run = script('--tokenizer=nowhere.pt', f'--out_dir={tmp_path}/out')
     assert (run.returncode, run.stdout) == (2, '') and not (tmp_path / 'out').exists()
-    assert run.stderr == 'error: nowhere.pt: no such checkpoint; train_tokenizer.py writes it\n'
+    assert run.stderr == 'error: nowhere.pt: no such checkpoint; run train_tokenizer.py first\n'
 
 
 @pytest.mark.parametrize('setting, value, complaint', [

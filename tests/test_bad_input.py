@@ -31,8 +31,11 @@ STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=32, codebook_dim=4
               alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
 STAGE2 = dict(depth=1, embed_dim=16, num_heads=2, mlp_ratio=2.0, qk_norm=True, shared_aln=False, drop_path=0.0)
 ARGUMENTS = {
-    'train_tokenizer': '--data={data} --image_size=16 --patch_nums=1,2,4 --channels=8 --channel_mult=1,1,1 --batch_size=4 --steps=1',
-    'encode': '', 'sample': '--per_class=1', 'train_fvar': '--depth=1 --embed_dim=16 --num_heads=2 --teacher_blocks=1 --batch_size=4 --steps=1',
+    'train_tokenizer': '--data={data} --image_size=16 --patch_nums=1,2,4 --channels=8 --channel_mult=1,1,1 '
+                       '--batch_size=4 --steps=1',
+    'encode': '',
+    'train_fvar': '--depth=1 --embed_dim=16 --num_heads=2 --teacher_blocks=1 --batch_size=4 --steps=1',
+    'sample': '--per_class=1',
 }
 
 
@@ -296,20 +299,20 @@ BAD = {
     'negative rows': ('train_fvar', '', meta(rows=-1), 'does not add up'),
     'folder for tokens': ('train_fvar', '', folder_instead('tokens/train.bin'), 'no token files train.bin'),
     # checkpoints
-    'code in a checkpoint': ('sample', '', with_code, 'student.pt: can not be read (it holds code, which is never run: '),
-    'half a checkpoint': ('sample', '', lambda at: os.truncate(at.out / 'student.pt', 3000), 'student.pt: can not be read (truncated'),
-    'empty checkpoint': ('sample', '', content('student.pt', b''), 'student.pt: can not be read (truncated'),
-    'web page as checkpoint': ('encode', '', content('tokenizer.pt', b'<html>404</html>'), 'tokenizer.pt: can not be read (truncated'),
+    'code in a checkpoint': ('sample', '', with_code, 'student.pt cannot be read (it holds code, which is never run: '),
+    'half a checkpoint': ('sample', '', lambda at: os.truncate(at.out / 'student.pt', 3000), 'student.pt cannot be read (truncated'),
+    'empty checkpoint': ('sample', '', content('student.pt', b''), 'student.pt cannot be read (truncated'),
+    'web page as checkpoint': ('encode', '', content('tokenizer.pt', b'<html>404</html>'), 'tokenizer.pt cannot be read (truncated'),
     'folder as checkpoint': ('sample', '', folder_instead('student.pt'), 'student.pt: no such checkpoint'),
     'checkpoint of something else': ('sample', '', saved('student.pt', kind='cnn'), 'student.pt holds cnn, not student'),
     'checkpoint of no kind': ('sample', '', saved('student.pt', kind=None), 'student.pt holds something else, not student'),
-    'checkpoint without weights': ('sample', '', saved('student.pt', student=None), "student.pt holds no 'student'"),
-    'checkpoint without a setting': ('sample', '', saved('student.pt', config={'depth': None}), "student.pt holds no 'depth'"),
+    'checkpoint without weights': ('sample', '', saved('student.pt', student=None), "student.pt has no 'student'"),
+    'checkpoint without a setting': ('sample', '', saved('student.pt', config={'depth': None}), "student.pt has no 'depth'"),
     'other depth': ('sample', '', saved('student.pt', config={'depth': 2}), 'student.pt does not fit this model'),
     'other classes': ('sample', '', saved('student.pt', classes=['cat']), 'student.pt does not fit this model'),
     'other tokenizer': ('sample', '', saved('student.pt', tokenizer='0123456789abcdef'), 'trained on the tokens of another tokenizer'),
     'weights that are not finite': ('sample', '', saved('student.pt', student={'head.bias': torch.full((32,), float('nan'))}),
-                                    'student.pt holds numbers that are not finite, in head.bias'),
+                                    'student.pt has non-finite numbers in head.bias'),
     # options
     'unknown option': ('encode', '--speed=9', None, "--speed=9: unknown setting 'speed'; did you mean 'seed'?"),
     'option of another script': ('encode', '--depth=3', None, "--depth=3: unknown setting 'depth'"),
@@ -324,10 +327,11 @@ BAD = {
     'negative width': ('train_fvar', '--embed_dim=-32', None, '--embed_dim=-32: must be at least 0'),
     'negative seed': ('sample', '--seed=-1', None, '--seed=-1: must be at least 0'),
     'huge seed': ('sample', f'--seed={10 ** 30}', None, 'must be at least 0 and less than 2^63'),
-    'huge batch': ('train_fvar', '--batch_size=1000000000000', None, 'batch_size=1000000000000: must be at most 1048576'),
+    'huge batch': ('train_fvar', '--batch_size=1000000000000', None,
+                   'batch_size=1000000000000 must be a multiple of 1 ranks × grad_accum_steps=1, and at most 1048576'),
     'three betas': ('train_fvar', '--betas=0.9,0.9,0.9', None, 'betas=(0.9, 0.9, 0.9): give two numbers'),
     'beta beyond one': ('train_tokenizer', '--betas=0.9,1.5', None, 'betas=(0.9, 1.5): give two numbers'),
-    'share beyond one': ('train_fvar', '--class_dropout=1.5', None, 'class_dropout=1.5: is a share, at most 1'),
+    'share beyond one': ('train_fvar', '--class_dropout=1.5', None, 'class_dropout=1.5: must be at most 1'),
     'heads that do not divide': ('train_fvar', '--num_heads=3', None, 'embed_dim=16 is not a multiple of num_heads=3'),
     'no blocks': ('train_fvar', '--depth=0', None, 'depth=0'),
     'no codes': ('train_tokenizer', '--vocab_size=0', None, 'vocab_size=0: must be at least 1'),
@@ -386,14 +390,14 @@ def test_a_full_disk_is_one_line_and_status_1(copies, monkeypatch, case):
     assert contents(copies.out) == before
 
 
-MORE_PASSES = 'raise --grad_accum_steps (now 1)'
+TRAINING_FIXES = 'out of memory: raise --grad_accum_steps or set --grad_checkpoint=True'
 
 
 @pytest.mark.parametrize('script, error, message', [
-    ('train_tokenizer', torch.OutOfMemoryError('tried'), f'out of GPU memory: {MORE_PASSES} or set --grad_checkpoint=True'),
-    ('train_fvar', torch.OutOfMemoryError('tried'), f'out of GPU memory: {MORE_PASSES} or set --grad_checkpoint=True'),
-    ('train_fvar', RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'), f'out of memory: {MORE_PASSES}'),
-    ('sample', torch.OutOfMemoryError('tried'), 'out of GPU memory: lower --batch_size'),
+    ('train_tokenizer', torch.OutOfMemoryError('tried'), TRAINING_FIXES),
+    ('train_fvar', torch.OutOfMemoryError('tried'), TRAINING_FIXES),
+    ('train_fvar', RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'), TRAINING_FIXES),
+    ('sample', torch.OutOfMemoryError('tried'), 'out of memory: lower --batch_size'),
     ('encode', MemoryError(), 'out of memory: lower --batch_size'),
 ], ids=str)
 def test_out_of_memory_says_which_setting_to_lower(copies, monkeypatch, script, error, message):

@@ -215,7 +215,7 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
     ({'distance': 'is'}, 'auto, fid or cnn'),
     ({'data': 'nowhere'}, 'no such folder'),
     ({'tokens': 'nowhere'}, 'no token files'),
-    ({'tokenizer': 'nowhere.pt'}, 'train_tokenizer.py writes it'),
+    ({'tokenizer': 'nowhere.pt'}, 'run train_tokenizer.py first'),
     ({'samples': 'nowhere'}, 'no such folder or file'),
 ])
 def test_a_mistaken_setting_is_one_line(finished_run, monkeypatch, settings, message):
@@ -236,5 +236,5 @@ def test_a_missing_student_and_tokens_of_another_tokenizer_are_named(finished_ru
     with pytest.raises(UserError, match='in that order'):
         evaluate.main()
     (out / 'student.pt').unlink()
-    with pytest.raises(UserError, match='train_fvar.py writes it'):
+    with pytest.raises(UserError, match='run train_fvar.py first'):
         evaluate.main()

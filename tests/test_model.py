@@ -581,7 +581,7 @@ def test_a_student_of_another_tokenizer_is_refused(trained):
 
 def test_a_missing_student_and_another_kind_of_file_are_named(trained):
     out, structure = trained
-    with pytest.raises(UserError, match='nothing.pt: no such checkpoint; train_fvar.py writes it'):
+    with pytest.raises(UserError, match='nothing.pt: no such checkpoint; run train_fvar.py first'):
         load_student(out / 'nothing.pt', structure)
     with pytest.raises(UserError, match='holds tokenizer, not student'):
         load_student(out / 'tokenizer.pt', structure)

@@ -541,11 +541,11 @@ WRONG = {
     'transformer for tokenizer': (None, dict(vae='var.pth'), 'this is no published VAR tokenizer'),
     'other maps': (None, dict(patch_nums='1,2,3,4'), 'give the patch_nums it was trained with'),
     'maps that shrink': (None, dict(patch_nums='5,3,2,1'), 'give the patch_nums it was trained with'),
-    'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: no such file'),
-    'truncated': (lambda files: os.truncate(files / 'var.pth', 5000), {}, 'var.pth: can not be read (truncated or not a checkpoint)'),
-    'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth: can not be read (truncated or not a checkpoint)'),
-    'code in the transformer': (spoil_pickle, {}, 'var.pth: can not be read (it holds code, which is never run: '),
-    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth: can not be read (it holds code, which is never run: '),
+    'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: No such file'),
+    'truncated': (lambda files: os.truncate(files / 'var.pth', 5000), {}, 'var.pth cannot be read (truncated or not a checkpoint)'),
+    'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth cannot be read (truncated or not a checkpoint)'),
+    'code in the transformer': (spoil_pickle, {}, 'var.pth cannot be read (it holds code, which is never run: '),
+    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth cannot be read (it holds code, which is never run: '),
     'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is no published VAR transformer'),
 }
 

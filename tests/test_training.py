@@ -248,7 +248,7 @@ def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_pa
 
 
 def test_weights_are_shared_out_over_several_ranks_only(train):
-    with pytest.raises(UserError, match='--fsdp shares weights out over several ranks: start with torchrun'):
+    with pytest.raises(UserError, match='--fsdp needs several ranks: start with torchrun'):
         train(fsdp=True)
 
 

@@ -146,7 +146,7 @@ def train_cnn(images, labels, num_classes, steps=300, batch=64, lr=5e-3, augment
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     generator = runtime.generator(seed, 6)
     shift = images.shape[-1] // 8
-    bar = runtime.progress(steps, label='cnn', scale=batch)
+    bar = runtime.progress(steps, label='cnn', images_per_step=batch)
     for _ in range(steps):
         picks = torch.randint(len(images), (batch,), generator=generator)
         x = normalize(runtime.to_device(images[picks], device)).contiguous(memory_format=torch.channels_last)
