@@ -1,348 +1,252 @@
-"""How fast every stage is on this machine, in one run, everything compared within it.
+"""Times every stage on this machine.
 
-    python -m experiments.bench                                             # the demo's networks on a CPU, the paper's on a GPU
-    python -m experiments.bench --baseline                                  # beside a plain transcription of the method
-    python -m experiments.bench --stage1=config/tokenizer_256.py --stage2=config/d16.py --batch_size=32 --parts=train,sample
+    python -m experiments.bench             # the demo's networks on a CPU, the paper's on a GPU
+    python -m experiments.bench --stage1=config/tokenizer_256.py --stage2=config/d16.py --parts=train,sample
 
 pyramid    the focused views of a batch at 256 px, against direct convolution and FFT of the whole picture
-tokenizer  encoding into both kinds of tokens, decoding
-encode     images to token files: the share of the time that both encoders take
-train      a step of stage 2 from token files; without teacher; compiled
-sample     latency of one picture and of a batch; without KV cache; compiled
-depths     time of d12 … d24 relative to d12 (Table 1, column Time)
+tokenizer  encoding into structure tokens and alias tokens, and decoding
+encode     images to token files
+train      a step of stage 2 from token files, without and with teacher
+sample     one picture and a batch
+depths     d12 … d24 relative to d12 (Table 1, column Time): all tokens of one picture, without decoder
 
-The baseline computes tokens at every step, attends under one dense mask, concatenates its KV cache, sorts all codes and
-steps parameter by parameter. Weights are random, which changes no time. FLOPs are those of matrix products, convolutions
-and attention as executed; peak is what a large matrix product reaches in the same run. Prints tables; writes bench.json.
+Weights are random, which does not affect the time. Each row prints the median time of a call ± half the range
+of its repeats, images per second, the time per image relative to the first row of the part, FLOPs per image
+(matrix products, convolutions and attention as executed), and the fraction of peak FLOP/s. The peak is what a
+large matrix product reaches in the same run. Writes bench.json.
 """
 import copy
-import statistics
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import model
-from util import runtime
-from util.checkpoint import write_json
 import train_fvar
 import train_tokenizer
 from configurator import UserError, configure, read_config_file
 from data import normalize
-from util.charts import Charts
-from model import FVAR, Teacher, build_student
+from model import FVAR, Teacher, build_student, compile_sampling
 from pyramid import convolve, convolve_fft, decimate, defocus_decimate, focus_radii, psf
 from tokenizer import build_tokenizers
+from util import runtime
+from util.charts import Charts
+from util.checkpoint import write_json
 
-out_dir = 'out'                 # where bench.json goes
+out_dir = 'out'                 # folder for bench.json
 parts = 'pyramid,tokenizer,encode,train,sample,depths'  # what to time
-baseline = False                # beside it a plain transcription of the method
-stage1 = ''                     # config file of the tokenizers (default: config/charts.py, on a GPU config/tokenizer_256.py)
-stage2 = ''                     # config file of student and teacher (default: config/charts.py, on a GPU config/d16.py)
-batch_size = 0                  # pictures a training step (default: the demo's 8, on a GPU 32)
-sample_batch = 0                # pictures of a sampled batch (default: 64)
-repeats = 5                     # times everything is repeated, in turn
-compiled = False                # also time compiled blocks (minutes to compile on a CPU)
+stage1 = ''                     # config file of the tokenizers (default: charts, on a GPU tokenizer_256)
+stage2 = ''                     # config file of student and teacher (default: charts, on a GPU d16)
+batch_size = 0                  # pictures per training step (default: the demo's 8, on a GPU 32)
+sample_batch = 64               # pictures per sampled batch
+repeats = 5                     # repetitions of everything
+compiled = False                # also time compiled blocks (compiling takes minutes on a CPU)
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'auto'                  # auto | float32 | bfloat16 | float16
-seed = 0                        # of weights and tokens
+seed = 0                        # seed of weights and samples
 config = configure(globals())
 
 
 # -----------------------------------------------------------------------------
 # measuring
 
-def timed(dev, *functions):
-    """(median seconds, spread) of each function, called in turn `repeats` times after one warm-up.
+def timed(functions):
+    """(median seconds, range of the repeats relative to it) per function, after one warm-up call each.
 
-    spread: largest minus smallest, relative to the median. In turn, so that a busy machine is busy for all of them.
+    The functions take turns, so that a busy machine affects all of them alike.
     """
-    times = [[] for _ in functions]
-    for i in range(repeats + 1):
-        for function, seconds in zip(functions, times):
-            if dev.type == 'cuda':
-                torch.cuda.synchronize()
+    seconds = []
+    for _ in range(repeats + 1):
+        for function in functions:
+            synchronize()
             start = time.perf_counter()
             function()
-            if dev.type == 'cuda':
-                torch.cuda.synchronize()
+            synchronize()
             seconds.append(time.perf_counter() - start)
-    medians = [statistics.median(seconds[1:]) for seconds in times]
-    return [(m, (max(seconds[1:]) - min(seconds[1:])) / m) for m, seconds in zip(medians, times)]
+    seconds = np.reshape(seconds, (repeats + 1, -1))[1:]
+    median = np.median(seconds, 0)
+    return list(zip(median.tolist(), (np.ptp(seconds, 0) / median).tolist()))
 
 
-ROWS = []
+def synchronize():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def row(part, what, seconds, note=''):
-    """Prints and keeps one line of the table; seconds as timed() gives them."""
-    median, spread = seconds
-    ROWS.append({'part': part, 'what': what, 'seconds': median, 'spread': spread, 'note': note})
-    runtime.say(f'{part:10} {what:42} {1000 * median:10.1f} ms ±{50 * spread:3.0f} %   {note}')
-
-
-# -----------------------------------------------------------------------------
-# the plain transcription
-
-def dense_attention(q, k, v, maps, scale):
-    """All maps under one mask."""
-    of_map = torch.repeat_interleave(torch.arange(len(maps[0]), device=q.device), torch.tensor(maps[0], device=q.device))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=of_map[:, None] >= of_map[None, :], scale=scale)
-
-
-class ConcatenatedCache:
-    def __init__(self, *_):
-        self.k = self.v = None
-
-    def extend(self, k, v):
-        self.k = k if self.k is None else torch.cat([self.k, k], 2)
-        self.v = v if self.v is None else torch.cat([self.v, v], 2)
-        return self.k, self.v
-
-
-def filter_by_sorting(logits, top_k, top_p):
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values.amin(-1, keepdim=True), -torch.inf)
-    if top_p:
-        ascending, order = logits.sort(dim=-1)
-        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        tail[..., -1] = False
-        logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-    return logits
-
-
-@contextmanager
-def plainly():
-    """Runs model.py as the transcription would."""
-    with mock.patch.multiple(model, block_causal_attention=dense_attention, KVCache=ConcatenatedCache, filter_logits=filter_by_sorting):
-        yield
+def measure(part, groups, tokens, peak):
+    """Prints and returns one row per job. groups: (images per call, {name: function}). tokens: per image."""
+    rows = []
+    for count, jobs in groups:
+        for (name, function), (seconds, variation) in zip(jobs.items(), timed(jobs.values())):
+            if 'compiled' not in name:                      # else as in the row before
+                flops = runtime.count_flops(function) / count
+            rate = count / seconds
+            row = {'part': part, 'what': name, 'seconds': seconds, 'variation': variation}
+            row |= {'images_per_second': rate, 'flops_per_image': flops, 'mfu': rate * flops / peak}
+            rows.append(row)
+            runtime.say(
+                f'{part:9} {name:22} {1000 * seconds:9.1f} ms ±{50 * variation:3.0f} %  {rate:9.2f} images/s'
+                f'  {rows[0]["images_per_second"] / rate:5.2f} ×  {flops / 1e9:8.3f} GFLOP/image'
+                f'  {row["mfu"]:4.0%} of peak'
+                + (f'  {rate * tokens:.0f} tokens/s' if part in ('train', 'sample') else '')
+            )
+        jobs.clear()                                        # frees a network before the next one is built
+    return rows
 
 
 # -----------------------------------------------------------------------------
-# the stages
+# parts: generators of groups of jobs
 
 def settings(script, file):
-    """The settings of a training script under a config file."""
+    """The settings of a training script with a config file."""
     return script.config | read_config_file(file, Path(script.__file__).stem, script.config)
 
 
-def networks(first, second, num_classes, dev):
-    """(structure, alias, FVAR) with random weights, from the settings of both stages."""
-    with torch.device(dev):
-        structure, alias = build_tokenizers(first)
-        student = build_student(second, structure, num_classes)
-        teacher = Teacher(student, alias.vocab_size, second['alias_scales'], second['teacher_blocks'], second['shared_blocks'])
-    structure, alias = (network.to(memory_format=torch.channels_last).eval() for network in (structure, alias))
-    return structure, alias, FVAR(student, teacher)
+def set_up(stage1, stage2, num_classes, count, dev, autocast):
+    """Random networks with the settings of both stages, and `count` pictures with their tokens."""
+    b = SimpleNamespace(dev=dev, autocast=autocast, count=count)
+    with dev:
+        structure, alias = build_tokenizers(stage1)
+        b.student = build_student(stage2, structure, num_classes)
+        how = (stage2[name] for name in ('alias_scales', 'teacher_blocks', 'shared_blocks'))
+        b.teacher = Teacher(b.student, alias.vocab_size, *how)
+    b.structure = structure.to(memory_format=torch.channels_last).eval()
+    b.alias = alias.to(memory_format=torch.channels_last).eval()
+    images = normalize(Charts('val', stage1['image_size'], count).images.to(dev))
+    b.images = images.contiguous(memory_format=torch.channels_last)
+    b.tokens = inference(b, b.structure.encode, b.images)
+    b.alias_tokens = inference(b, b.alias.encode, b.images)
+    return b
 
 
-def bench_pyramid(dev):
-    count = 16 if dev.type == 'cuda' else 2
-    x = torch.rand(count, 3, 256, 256, device=dev) * 2 - 1
-    maps = train_tokenizer.patch_nums
-    radii = focus_radii(maps, 256)
-    sizes = [16 * p for p in maps]
-
-    def ours():
-        return [defocus_decimate(x, r, s) for r, s in zip(radii, sizes)]
-
-    def direct():
-        return [decimate(convolve(x, psf(r, 'disk')), s) for r, s in zip(radii, sizes)]
-
-    def by_fft():
-        return [decimate(convolve_fft(x, psf(r, 'disk')), s) for r, s in zip(radii, sizes)]
-
-    times = timed(dev, ours, direct, by_fft)
-    for what, t in zip(('ours: strided or FFT, whichever is cheaper', 'direct convolution', 'FFT'), times):
-        row('pyramid', what, t, f'{count / t[0]:.1f} images/s; ours is {t[0] / times[0][0]:.1f} × as fast')
+@torch.no_grad()
+def inference(b, function, *arguments):
+    with b.autocast():
+        return function(*arguments)
 
 
-def bench_tokenizer(structure, alias, x, dev, autocast):
-    def run(function):
-        def call():
-            with torch.no_grad(), autocast():
-                return function()
-        return call
-    tokens = run(lambda: structure.encode(x))()
-    jobs = {'structure tokens': lambda: structure.encode(x), 'alias tokens': lambda: alias.encode(x),
-            'decoding': lambda: structure.decode(tokens)}
-    for (what, function), t in zip(jobs.items(), timed(dev, *map(run, jobs.values()))):
-        row('tokenizer', what, t, f'{len(x) / t[0]:.1f} images/s; {runtime.count_flops(run(function)) / len(x) / 1e9:.2f} GFLOP an image')
+def bench_pyramid(b):
+    count = 16 if b.dev.type == 'cuda' else 2
+    x = torch.rand(count, 3, 256, 256, device=b.dev) * 2 - 1
+    patch_nums = train_tokenizer.patch_nums
+    views = [(radius, 16 * p) for radius, p in zip(focus_radii(patch_nums, 256), patch_nums)]
+
+    def whole(convolution):
+        return [decimate(convolution(x, psf(radius, 'disk')), size) for radius, size in views]
+
+    yield count, {
+        'cheapest route': lambda: [defocus_decimate(x, radius, size) for radius, size in views],
+        'direct convolution': lambda: whole(convolve),
+        'FFT': lambda: whole(convolve_fft),
+    }
 
 
-def bench_encode(structure, alias, images, dev, autocast):
-    """As encode.py does it: uint8 pictures to rows of a memory map."""
-    columns = sum(p * p for p in structure.patch_nums) + sum(p * p for p in alias.patch_nums) + 1
-    with tempfile.TemporaryDirectory() as folder:
-        table = np.memmap(Path(folder, 'tokens.bin'), np.uint16, 'w+', shape=(len(images), columns))
-        labels = torch.zeros(len(images), 1, dtype=torch.int64, device=dev)
-        inside = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
-
-        def encoders():
-            with torch.no_grad(), autocast():
-                return structure.encode(inside) + alias.encode(inside)
-
-        def everything():
-            x = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), autocast():
-                maps = structure.encode(x) + alias.encode(x)
-            table[:] = torch.cat([*maps, labels], 1).cpu().numpy()
-            table.flush()
-        inner, outer = timed(dev, encoders, everything)
-        row('encode', 'images to token files', outer,
-            f'{len(images) / outer[0]:.1f} images/s; encoders {min(1, inner[0] / outer[0]):.0%} of it')
-        del table
+def bench_tokenizer(b):
+    yield b.count, {
+        'structure tokens': partial(inference, b, b.structure.encode, b.images),
+        'alias tokens': partial(inference, b, b.alias.encode, b.images),
+        'decoding': partial(inference, b, b.structure.decode, b.tokens),
+    }
 
 
-def bench_train(structure, alias, network, images, dev, autocast, top):
-    batch, lengths = len(images), network.student.lengths
-    labels = torch.arange(batch, device=dev) % network.student.num_classes
-    x = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        tokens, alias_tokens = torch.cat(structure.encode(x), 1), torch.cat(alias.encode(x), 1)
+def bench_encode(b):
+    def write():
+        tokens = inference(b, b.structure.encode, b.images) + inference(b, b.alias.encode, b.images)
+        table[:] = torch.cat(tokens, 1).cpu().numpy()
+        table.flush()
 
-    def step_of(network, online=False, cast=autocast, fused=True):
+    columns = sum(t.shape[1] for t in b.tokens + b.alias_tokens)
+    with tempfile.TemporaryFile() as file:
+        table = np.memmap(file, np.uint16, 'w+', shape=(b.count, columns))
+        yield b.count, {'images to token file': write}
+
+
+def bench_train(b):
+    labels = torch.arange(b.count, device=b.dev) % b.student.num_classes
+
+    def step_of(network):
         optimizer = runtime.adamw(network, 1e-9, (0.9, 0.95), 0.0)
-        if not fused:
-            optimizer = torch.optim.AdamW(network.parameters(), 1e-9, betas=(0.9, 0.95), foreach=False, fused=False)
 
         def step():
-            target, side = tokens, alias_tokens
-            if online:
-                with torch.no_grad():
-                    target, side = torch.cat(structure.encode(x), 1), torch.cat(alias.encode(x), 1)
-            inputs = train_fvar.token_inputs(structure, target)
-            with cast():
-                loss = network(labels, inputs, target, side)['total']
-            loss.backward()
+            inputs = b.structure.token_inputs(b.tokens)
+            with b.autocast():
+                terms = network(labels, inputs, torch.cat(b.tokens, 1), torch.cat(b.alias_tokens, 1))
+            terms['total'].backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return step
 
-    ours, alone = step_of(network), step_of(FVAR(network.student))
-    plain = step_of(network, online=True, cast=nullcontext, fused=False)
-
-    def transcription():
-        with plainly():
-            plain()
-    jobs = {'student and teacher': ours, 'student alone (distill=False)': alone}
-    if baseline:
-        jobs['plain transcription, float32'] = transcription
-    if dev.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    times = dict(zip(jobs, timed(dev, *jobs.values())))
-    work = {'student and teacher': runtime.count_flops(ours), 'student alone (distill=False)': runtime.count_flops(alone)}
-    first = times['student and teacher'][0]
-    for what, t in times.items():
-        note = f'{batch / t[0]:.1f} images/s, {batch * sum(lengths) / t[0]:.0f} tokens/s'
-        if what in work:
-            note += f'; {work[what] / t[0] / top:.0%} of peak'
-        note += f'; ours is {t[0] / first:.2f} × as fast' if what.startswith('plain') else ''
-        row('train', what, t, note)
-    plus = first / times['student alone (distill=False)'][0] - 1
-    runtime.say(f'{"":10} the teacher adds {plus:.0%} to a step, '
-                f'{work["student and teacher"] / work["student alone (distill=False)"] - 1:.0%} '
-                'to its FLOPs' + (f'; peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if dev.type == 'cuda' else ''))
+    network = FVAR(b.student, b.teacher)
+    jobs = {'student alone': step_of(FVAR(b.student)), 'student and teacher': step_of(network)}
     if compiled:
         twin = copy.deepcopy(network)
-        model.compile_blocks(train_fvar.blocks_of(twin))
-        t = timed(dev, step_of(twin))[0]
-        row('train', 'student and teacher, compiled', t, f'{batch / t[0]:.1f} images/s; {first / t[0]:.2f} × as fast as eager')
+        for block in (*twin.student.blocks, *twin.teacher.blocks):
+            block.compile()
+        jobs['both, compiled'] = step_of(twin)
+    yield b.count, jobs
 
 
-def bench_sample(structure, student, count, dev, autocast, top):
-    student.eval()
+def bench_sample(b):
+    def sample(student, labels):
+        with b.autocast():
+            student.generate(b.structure, labels, generator=torch.Generator(b.dev).manual_seed(seed))
+
+    students = {'student': b.student.eval()}
     if compiled:
-        twin = copy.deepcopy(student)
-        model.compile_blocks(twin.blocks)
-    for batch in (1, count):
-        labels = torch.arange(batch, device=dev) % student.num_classes
-
-        def draw(cast=autocast, student=student, **more):
-            with cast():
-                return student.generate(structure, labels, generator=torch.Generator(dev).manual_seed(seed), **more)
-
-        def transcription():
-            with plainly():
-                return draw(nullcontext)
-        jobs = {'with KV cache': draw, 'without': lambda: draw(kv_cache=False)}
-        if baseline:
-            jobs['plain transcription, float32'] = transcription
-            if autocast is nullcontext and not all(map(torch.equal, draw()[0], transcription()[0])):
-                runtime.say('warning: ours and the transcription sampled different tokens')
-        if compiled:
-            jobs['compiled'] = lambda: draw(student=twin)
-        times = dict(zip(jobs, timed(dev, *jobs.values())))
-        work, first = runtime.count_flops(draw), times['with KV cache'][0]
-        for what, t in times.items():
-            note = f'{batch / t[0]:.2f} images/s' + (f'; {work / t[0] / top:.0%} of peak' if what == 'with KV cache' else
-                                                     f'; ours is {t[0] / first:.2f} × as fast')
-            row('sample', f'{batch} picture{"s" * (batch > 1)}, {what}', t, note)
+        students['compiled'] = copy.deepcopy(b.student)
+        compile_sampling(students['compiled'], b.dev)
+    for count in (1, sample_batch):
+        labels = torch.arange(count, device=b.dev) % b.student.num_classes
+        jobs = {name: partial(sample, each, labels) for name, each in students.items()}
+        yield count, {f'{name}, batch {count}': job for name, job in jobs.items()}
 
 
-def bench_depths(dev, autocast):
-    """One picture of each published size, without guidance; weights all the same number, and no decoder."""
-    first, times = None, []
+def bench_depths(b):
+    def forward_of(name):
+        first = settings(train_tokenizer, 'config/tokenizer_256.py')
+        d = set_up(first, settings(train_fvar, f'config/{name}.py'), 1000, 1, b.dev, b.autocast)
+        label = torch.zeros(1, dtype=torch.int64, device=b.dev)
+        return partial(inference, b, d.student.eval(), label, d.structure.token_inputs(d.tokens))
+
     for name in ('d12', 'd16', 'd20', 'd24'):
-        second = settings(train_fvar, f'config/{name}.py')
-        with torch.device('meta'):
-            structure, _ = build_tokenizers(settings(train_tokenizer, 'config/tokenizer_256.py'))
-            student = build_student(second, structure, 1000)
-        inputs = torch.zeros(1, sum(student.lengths) - student.lengths[0], structure.quantizer.codebook.embedding_dim, device=dev)
-        student = student.to_empty(device=dev).eval()
-        for tensor in (*student.parameters(), *student.buffers()):
-            tensor.data.fill_(0.01) if tensor.is_floating_point() else tensor.data.fill_(1 if tensor.dtype == torch.bool else 0)
-
-        def run():
-            with torch.no_grad(), autocast():
-                student(torch.zeros(1, dtype=torch.int64, device=dev), inputs)
-        times.append(timed(dev, run)[0])
-        first = first or times[0][0]
-        row('depths', f'{name}, all tokens of one picture', times[-1], f'{times[-1][0] / first:.1f} × d12')
-        del student
+        yield 1, {name: forward_of(name)}
 
 
-# -----------------------------------------------------------------------------
-# the run
+PARTS = {
+    'pyramid': bench_pyramid,
+    'tokenizer': bench_tokenizer,
+    'encode': bench_encode,
+    'train': bench_train,
+    'sample': bench_sample,
+    'depths': bench_depths,
+}
+
 
 def main():
     dev = runtime.start(device, seed)
     autocast, _ = runtime.precision(dtype, dev)
-    runtime.require_positive(config, 'repeats')
+    runtime.require_positive(config, 'repeats', 'sample_batch')
     chosen = parts.split(',')
     for part in chosen:
-        if part not in ('pyramid', 'tokenizer', 'encode', 'train', 'sample', 'depths'):
-            raise UserError(f'--parts={parts}: {part!r} is no part; give some of pyramid,tokenizer,encode,train,sample,depths')
+        if part not in PARTS:
+            raise UserError(f'--parts={parts}: unknown part {part!r}; choose from {",".join(PARTS)}')
     gpu = dev.type == 'cuda'
-    first = settings(train_tokenizer, stage1 or ('config/tokenizer_256.py' if gpu else 'config/charts.py'))
-    second = settings(train_fvar, stage2 or ('config/d16.py' if gpu else 'config/charts.py'))
-    name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}'
-    results = {'config': config, 'machine': name, 'torch': torch.__version__, 'rows': ROWS}
-    top = runtime.measured_peak(dev, autocast)
-    results['peak'] = top
-    runtime.say(f'{name}, torch {torch.__version__}; a large matrix product reaches {top / 1e12:.3f} TFLOP/s')
-    images = Charts('val', first['image_size'], batch_size or (32 if gpu else second['batch_size'])).images
-    if chosen != ['pyramid']:
-        structure, alias, network = networks(first, second, 1000 if gpu else 10, dev)
-    x = normalize(images.to(dev)).contiguous(memory_format=torch.channels_last)
-    if 'pyramid' in chosen:
-        bench_pyramid(dev)
-    if 'tokenizer' in chosen:
-        bench_tokenizer(structure, alias, x, dev, autocast)
-    if 'encode' in chosen:
-        bench_encode(structure, alias, images, dev, autocast)
-    if 'train' in chosen:
-        bench_train(structure, alias, network, images, dev, autocast, top)
-    if 'sample' in chosen:
-        bench_sample(structure, network.student, sample_batch or 64, dev, autocast, top)
-    if 'depths' in chosen:
-        bench_depths(dev, autocast)
+    first = settings(train_tokenizer, stage1 or f'config/{"tokenizer_256" if gpu else "charts"}.py')
+    second = settings(train_fvar, stage2 or f'config/{"d16" if gpu else "charts"}.py')
+    b = set_up(first, second, 10, batch_size or (32 if gpu else 8), dev, autocast)
+    name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads'
+    peak = runtime.measured_peak(dev, autocast)
+    runtime.say(f'{name}, torch {torch.__version__}, peak {peak / 1e12:.3f} TFLOP/s')
+    results = {'config': config, 'machine': name, 'torch': torch.__version__, 'peak': peak, 'rows': []}
+    for part in chosen:
+        results['rows'] += measure(part, PARTS[part](b), sum(b.student.lengths), peak)
+        if gpu:
+            runtime.say(f'{part:9} peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB')
+            torch.cuda.reset_peak_memory_stats()
     write_json(f'{out_dir}/bench.json', results)
 
 
