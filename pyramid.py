@@ -41,14 +41,15 @@ config = configure(globals(), positional='photo')
 def disk_kernel(radius):
     """The defocus PSF of a circular aperture: (n, n), n odd, symmetric, sums to 1.
 
-    radius is in pixels of the image it is applied to. The rim is one pixel soft, clip(ρ + ½ − r, 0, 1), so the
-    kernel is continuous in ρ. ρ ≤ ½ is the identity.
+    radius is in pixels of the image it is applied to. The rim is one pixel soft, clip(ρ + ½ − r, 0, 1), so
+    the kernel is continuous in ρ. ρ ≤ ½ is the identity.
     """
     return radial_kernel(lambda r: (radius + 0.5 - r).clamp(0, 1), half=max(0, math.ceil(radius - 0.5)))
 
 
 def gaussian_kernel(sigma):
-    """A Gaussian cut off at 3 σ: (n, n), n odd, symmetric, sums to 1. sigma in pixels; σ ≤ 0 is the identity."""
+    """A Gaussian cut off at 3 σ: (n, n), n odd, symmetric, sums to 1. sigma in pixels; σ ≤ 0 is the
+    identity."""
     if sigma <= 0:
         return torch.ones(1, 1)
     return radial_kernel(lambda r: torch.exp(-0.5 * (r / sigma) ** 2), half=math.ceil(3 * sigma))
@@ -180,7 +181,8 @@ def defocus_decimate(images, radius, size, kernel='disk'):
 def view_sizes(patch_nums, image_size):
     """The side of every view in pixels: p_k·f, f = image_size / p_K. UserError if f is not whole."""
     if image_size % patch_nums[-1]:
-        raise UserError(f'image_size={image_size} is not a multiple of the last of patch_nums={tuple(patch_nums)}')
+        raise UserError(f'image_size={image_size} is not a multiple of the last of patch_nums='
+                        f'{tuple(patch_nums)}')
     return [p * (image_size // patch_nums[-1]) for p in patch_nums]
 
 
@@ -192,7 +194,8 @@ def noise_levels(noise, K):
 def noise_like(images, k, generator=None):
     """ε of Eq. 3 for token map k (counted from 0), standard normal.
 
-    generator: None, a torch.Generator, or a function (shape, k) → noise, which can tie noise to sample numbers.
+    generator: None, a torch.Generator, or a function (shape, k) → noise, which can tie noise to sample
+    numbers.
     """
     if callable(generator):
         return generator(images.shape, k).to(images)
@@ -203,8 +206,9 @@ def noise_like(images, k, generator=None):
 def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', generator=None):
     """Eq. 3 and 4: lists over k of focused views L_k, downsampled D_k and alias A_k = D_k − L_k.
 
-    Each view is (B, C, p_k·f, p_k·f). radii come from focus_radii; noise is (β_1, β_K); generator: see noise_like.
-    kernel='none' is plain next-scale prediction: L_k = D_k without noise, so A_k is exactly zero.
+    Each view is (B, C, p_k·f, p_k·f). radii come from focus_radii; noise is (β_1, β_K); generator: see
+    noise_like. kernel='none' is plain next-scale prediction: L_k = D_k without noise, so A_k is exactly
+    zero.
     """
     betas = noise_levels(noise if kernel != 'none' else (0.0, 0.0), len(patch_nums))
     focused, downsampled = [], []

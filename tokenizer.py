@@ -1,18 +1,20 @@
 """The two VQ-VAEs (paper, section 3.3): Q_L for structure, Q_A for alias.
 
-StructureTokenizer is VAR's multi-scale residual quantizer, fed by focus states instead of one feature map:
+StructureTokenizer is VAR's multi-scale residual quantizer, fed with focus states instead of one feature map:
 
     f̂_0 = 0
     r_k  = nearest code of (e_k − area(f̂_{k−1} → p_k)),   e_k = area(Encoder(F_ρk(x)) → p_k)
     f̂_k = f̂_{k−1} + φ_k(bicubic(code(r_k) → p_K))
     focus state k = Decoder(f̂_k) ≈ F_ρk(x),   Decoder(f̂_K) ≈ x
 
-With pyramid='scale' every ρ_k is zero and this is VAR's own tokenizer, weights included. AliasTokenizer is a
-plain VQ-VAE over the views A_k that the blur removed; it exists in training only.
+With pyramid='scale' every ρ_k is zero, and this is VAR's own tokenizer, weights included. AliasTokenizer is a
+plain VQ-VAE over the views A_k that the blur removed. It is used in training only.
 
 Encoder and Decoder follow VQGAN (Esser et al. 2021) as VAR publishes it. Images are (B, 3, S, S) in [−1, 1].
 """
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from pyramid import build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like, psf, reflect_pad
+from pyramid import (
+    build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like, psf, reflect_pad)
 from util.checkpoint import blame, load_checkpoint, load_weights
 from util.runtime import to_device
 
@@ -30,12 +33,13 @@ from util.runtime import to_device
 # convolutional encoder and decoder
 
 def group_norm(channels):
-    """32 groups as in VQGAN, where 32 divides the width; else 8, 4, 2 or 1, of two channels at least.
+    """32 groups, as in VQGAN, if 32 divides the width; otherwise 8, 4, 2 or 1, of at least two channels each.
 
-    A group of one channel loses the mean colour of the picture, all that the first token map holds: so no small
-    network should be 32 channels wide.
+    A group of a single channel loses the mean color of the picture, which is all that the first token map
+    holds. A small network should therefore not be 32 channels wide.
     """
-    groups = 32 if channels % 32 == 0 else next((g for g in (8, 4, 2) if channels % g == 0 and channels > g), 1)
+    fitting = [g for g in (8, 4, 2) if channels % g == 0 and channels > g]
+    groups = 32 if channels % 32 == 0 else max(fitting, default=1)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -54,7 +58,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + self-attention over the pixels, one head."""
+    """x + self-attention over the pixels, with one head."""
 
     def __init__(self, width):
         super().__init__()
@@ -63,59 +67,43 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W).transpose(-1, -2).unbind(1)  # (B, 1, HW, C)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)           # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; attention after each at the lowest."""
+    """The residual blocks of one resolution, each followed by attention at the lowest resolution."""
 
     def __init__(self, width_in, width_out, blocks, attention):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(width_in if i == 0 else width_out, width_out) for i in range(blocks))
-        self.attentions = nn.ModuleList(SpatialAttention(width_out) for _ in range(blocks if attention else 0))
+        widths = [width_in] + [width_out] * blocks
+        self.blocks = nn.ModuleList(ResBlock(*pair) for pair in zip(widths, widths[1:]))
+        self.attentions = nn.ModuleList(
+            SpatialAttention(width_out) if attention else nn.Identity() for _ in range(blocks))
 
     def forward(self, x):
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attentions:
-                x = self.attentions[i](x)
+        for block, attention in zip(self.blocks, self.attentions):
+            x = attention(block(x))
         return x
 
 
-class Middle(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.block1, self.attention, self.block2 = ResBlock(width, width), SpatialAttention(width), ResBlock(width, width)
-
-    def forward(self, x):
-        return self.block2(self.attention(self.block1(x)))
+def middle(width):
+    return nn.Sequential(ResBlock(width, width), SpatialAttention(width), ResBlock(width, width))
 
 
-class Downsample(nn.Conv2d):
-    """Stride 2, padded on the right and the bottom only."""
-
-    def __init__(self, width):
-        super().__init__(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+def downsample(width):
+    """Stride 2, padded on the right and at the bottom only."""
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
 
-class Upsample(nn.Conv2d):
-    def __init__(self, width):
-        super().__init__(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return super().forward(F.interpolate(x, scale_factor=2, mode='nearest'))
+def upsample(width):
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
 
 
 def init_convolutions(network):
-    """Xavier weights, and residual branches that start at zero: the network begins as its skip connections alone.
-
-    On charts a plain autoencoder so started is 3 dB ahead of PyTorch's own initial values after 200 steps.
-    """
+    """Xavier weights. Residual branches start at zero: the network begins as its skip connections alone."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_normal_(module.weight)
@@ -128,50 +116,46 @@ def init_convolutions(network):
 
 
 class Encoder(nn.Module):
-    """(B, 3, p·f, p·f) → (B, codebook_dim, p, p), f = 2^(len(channel_mult) − 1)."""
+    """(B, 3, p·f, p·f) → (B, codebook_dim, p, p), with f = 2^(len(channel_mult) − 1)."""
 
     def __init__(self, channels, channel_mult, res_blocks, codebook_dim):
         super().__init__()
         widths = [channels * m for m in channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.levels = nn.ModuleList(Level(([channels] + widths)[i], widths[i], res_blocks, i == last)
-                                    for i in range(len(widths)))
-        self.samplers = nn.ModuleList(Downsample(width) for width in widths[:-1])
-        self.middle = Middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], codebook_dim, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(*pair, res_blocks, i == last) for i, pair in enumerate(zip([channels, *widths], widths)))
+        self.samplers = nn.ModuleList([*map(downsample, widths[:-1]), nn.Identity()])
+        self.middle, self.norm_out = middle(widths[-1]), group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], codebook_dim, 3, padding=1)
         init_convolutions(self)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for i, level in enumerate(self.levels):
-            x = level(x)
-            if i < len(self.samplers):
-                x = self.samplers[i](x)
+        for level, sampler in zip(self.levels, self.samplers):
+            x = sampler(level(x))
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
 
 
 class Decoder(nn.Module):
-    """(B, codebook_dim, p, p) → (B, 3, p·f, p·f); its levels run from the lowest resolution to the highest."""
+    """(B, codebook_dim, p, p) → (B, 3, p·f, p·f). Levels run from the lowest resolution to the highest."""
 
     def __init__(self, channels, channel_mult, res_blocks, codebook_dim):
         super().__init__()
         widths = [channels * m for m in reversed(channel_mult)]
         self.conv_in = nn.Conv2d(codebook_dim, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0])
-        self.levels = nn.ModuleList(Level(([widths[0]] + widths)[i], widths[i], res_blocks + 1, i == 0)
-                                    for i in range(len(widths)))
-        self.samplers = nn.ModuleList(Upsample(width) for width in widths[:-1])
+        self.middle = middle(widths[0])
+        self.levels = nn.ModuleList(
+            Level(*pair, res_blocks + 1, i == 0) for i, pair in enumerate(zip([widths[0], *widths], widths)))
+        self.samplers = nn.ModuleList([*map(upsample, widths[:-1]), nn.Identity()])
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
         init_convolutions(self)
 
     def hidden(self, x):
-        """All but the last convolution: (B, channels, p·f, p·f)."""
+        """Everything but the last convolution: (B, channels, p·f, p·f)."""
         x = self.middle(self.conv_in(x))
-        for i, level in enumerate(self.levels):
-            x = level(x)
-            if i < len(self.samplers):
-                x = self.samplers[i](x)
+        for level, sampler in zip(self.levels, self.samplers):
+            x = sampler(level(x))
         return F.silu(self.norm_out(x))
 
     def forward(self, x):
@@ -179,12 +163,10 @@ class Decoder(nn.Module):
 
 
 def compile_convolutions(structure):
-    """Compiles Q_L's encoder and decoder in place: names of weights stay as they are.
-
-    Not Q_A's: its views come in K − 1 sizes, each of which would have to be compiled, and are a twentieth of the work.
-    """
+    """Compiles Q_L's encoder and decoder in place. Q_A is a small part of the work, and its K − 1 view sizes
+    would each have to be compiled."""
     structure.encoder.compile()
-    structure.decoder.hidden = torch.compile(structure.decoder.hidden)      # by which it is called in training
+    structure.decoder.hidden = torch.compile(structure.decoder.hidden)      # what training calls
 
 
 # -----------------------------------------------------------------------------
@@ -196,14 +178,14 @@ def area(x, size):
 
 
 def bicubic(x, size):
-    """How token maps come up again."""
+    """Bicubic resizing to (size, size): how token maps come up again."""
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic')
 
 
 class Codebook(nn.Embedding):
-    """Codes found by Euclidean distance, with use counted for every token map so that collapse can be seen.
+    """Codes found by Euclidean distance. Their use is counted per token map, so collapse is visible.
 
-    usage (maps, vocab_size): a running average of how many times a code was taken a step.
+    usage (K, vocab_size): a running average of how many times per step a code was used.
     """
 
     def __init__(self, vocab_size, codebook_dim, maps):
@@ -212,63 +194,64 @@ class Codebook(nn.Embedding):
         nn.init.uniform_(self.weight, -1 / vocab_size, 1 / vocab_size)
 
     def nearest(self, vectors):
-        """(B, C, p, p) → the index of the nearest code, (B, p²) int64. Always in float32: ties must not depend on AMP."""
+        """(B, C, p, p) → index of the nearest code, (B, p²) int64. In float32, for ties."""
         with torch.no_grad(), in_float32(vectors.device):
-            z = vectors.float().flatten(2).transpose(1, 2).reshape(-1, vectors.shape[1])
+            z = vectors.float().flatten(2).transpose(1, 2).flatten(0, 1)
             codes = self.weight.float()
-            found = [(part.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * part @ codes.T).argmin(1)
+            norms = codes.square().sum(1)
+            found = [(part.square().sum(1, keepdim=True) + norms - 2 * part @ codes.T).argmin(1)
                      for part in z.split(2 ** 14)]          # half a GiB of distances to 8192 codes
-            return torch.cat(found).view(vectors.shape[0], -1)
+            return torch.cat(found).view(len(vectors), -1)
 
     def maps(self, tokens):
         """(B, p²) indices → (B, C, p, p) codes."""
         p = math.isqrt(tokens.shape[1])
-        return self(tokens).transpose(1, 2).reshape(tokens.shape[0], -1, p, p)
+        return self(tokens).transpose(1, 2).unflatten(2, (p, p))
 
     def histogram(self, tokens):
-        """How often each code was taken, (maps, vocab_size) float32, of tokens: list of (B, p²). Unlike bincount it never waits."""
+        """How often each code was used: list of (B, p²) → (K, vocab_size). bincount would wait."""
         hits = torch.zeros_like(self.usage)
-        for row, t in zip(hits, tokens):
-            row.scatter_add_(0, t.flatten(), torch.ones_like(t.flatten(), dtype=hits.dtype))
+        for row, token_map in zip(hits, tokens):
+            row.scatter_add_(0, token_map.flatten(), row.new_ones(token_map.numel()))
         return hits
 
     @torch.no_grad()
     def count(self, hits, weight=1.0, decay=0.99):
-        """Takes one step's histogram, over all ranks, into `usage`; not at all where weight (a number or tensor) is 0."""
+        """Folds the histogram of a step, over all ranks, into `usage`. weight (or tensor): 0 skips it."""
         self.usage.lerp_(hits, (1 - decay) * weight)
 
     def perplexity(self):
-        """exp(entropy) of the use of codes for every token map: 1 is collapse, vocab_size is even use. (maps,)"""
-        share = self.usage / self.usage.sum(1, keepdim=True).clamp(min=1e-9)
-        return torch.exp(-(share * share.clamp(min=1e-9).log()).sum(1))
+        """exp(entropy) of code use per token map, (K,): 1 means collapse, vocab_size means even use."""
+        p = self.usage / self.usage.sum(1, keepdim=True).clamp(min=1e-9)
+        return torch.exp(-(p * p.clamp(min=1e-9).log()).sum(1))
 
     @torch.no_grad()
     def reseed(self, vectors, generator, threshold, weight=1):
-        """Moves dead codes (used less than `threshold` of an even share) onto given vectors. Returns how many, a tensor.
+        """Moves dead codes (used less than `threshold` times the average) onto vectors. Returns how many.
 
-        vectors: list over token maps of (n_k, C), what had to be quantized. A token map is drawn first and a
-        vector of it second, so that the few tokens of coarse maps get codes as well as the many of fine ones.
-        Every code draws, dead or not, so that nobody has to wait until it is known which are. weight: 0 leaves all as they are.
+        vectors: per token map, (n_k, C) that had to be quantized. A map is chosen first, then one of its
+        vectors, so the few tokens of coarse maps get codes too. Every code, dead or not, is given a vector,
+        so no rank has to wait to learn which are dead. weight: 0 leaves all codes alone.
         """
-        use, (codes, width) = self.usage.sum(0), self.weight.shape
+        use, (codes, dim) = self.usage.sum(0), self.weight.shape
         dead = (use < threshold * use.mean()) & (weight > 0)
         lengths = torch.tensor([len(v) for v in vectors])
         maps = torch.randint(len(vectors), (codes,), generator=generator)
         place = (torch.rand(codes, generator=generator, dtype=torch.float64) * lengths[maps]).long()
         picks = lengths.cumsum(0)[maps] - lengths[maps] + place
         chosen = torch.cat(vectors)[to_device(picks, use.device)].float()
-        # no two codes may be equal, or the second is dead again at once
-        jitter = to_device(torch.randn(codes, width, generator=generator), use.device) * chosen.std() * 1e-2
+        # jitter keeps two codes from being equal, which would make the second one dead again at once
+        jitter = to_device(torch.randn(codes, dim, generator=generator), use.device) * chosen.std() * 1e-2
         self.weight.copy_(torch.where(dead[:, None], chosen + jitter, self.weight))
-        fresh = self.usage.sum(1, keepdim=True) / codes     # a fresh start, not dead yet
-        self.usage.copy_(torch.where(dead, fresh, self.usage))
+        average = self.usage.sum(1, keepdim=True) / codes
+        self.usage.copy_(torch.where(dead, average, self.usage))
         return dead.sum()
 
 
 class MultiScaleQuantizer(nn.Module):
-    """VAR's residual quantizer over token maps p_1 … p_K, with one target feature map e_k for each.
+    """VAR's residual quantizer over token maps p_1 … p_K, with one target feature map e_k per token map.
 
-    φ_k are `phis` 3×3 convolutions shared by neighbouring maps, applied as ½h + ½conv(h).
+    φ_k is one of `phis` 3×3 convolutions, shared by neighboring maps and applied as ½h + ½conv(h).
     """
 
     def __init__(self, patch_nums, vocab_size, codebook_dim, phis=4):
@@ -276,39 +259,35 @@ class MultiScaleQuantizer(nn.Module):
         self.patch_nums = tuple(patch_nums)
         self.codebook = Codebook(vocab_size, codebook_dim, len(patch_nums))
         self.phi = nn.ModuleList(nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(phis))
-        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # the published rule
-        self.ticks = np.linspace(edge, 1 - edge, phis).tolist()
+        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # as published
+        self.ticks = np.linspace(edge, 1 - edge, phis)
 
     def phi_of_map(self, k):
-        """The index of the φ whose tick lies nearest to k/(K−1), k from 0."""
-        return min(range(len(self.phi)), key=lambda i: abs(self.ticks[i] - k / max(1, len(self.patch_nums) - 1)))
-
-    def contribution(self, tokens, k):
-        """φ_k(bicubic(code(r_k) → p_K)), what map k adds to f̂: (B, C, p_K, p_K)."""
-        return self.refine(self.codebook.maps(tokens), k)
+        """The index of the φ whose tick is nearest to k/(K−1), with k counted from 0."""
+        return int(abs(self.ticks - k / max(1, len(self.patch_nums) - 1)).argmin())
 
     def refine(self, codes, k):
+        """φ_k(bicubic(codes → p_K)), what map k adds to f̂: (B, C, p_k, p_k) → (B, C, p_K, p_K)."""
         h = bicubic(codes, self.patch_nums[-1])
         return 0.5 * h + 0.5 * self.phi[self.phi_of_map(k)](h)
 
     def accumulate(self, tokens):
-        """f̂_1 … f̂_K from (a prefix of) the token maps, each (B, C, p_K, p_K)."""
+        """f̂_1 … f̂_K from all token maps, or from a prefix of them. Each is (B, C, p_K, p_K)."""
         f_hat, states = 0, []
         for k, token_map in enumerate(tokens):
-            f_hat = f_hat + self.contribution(token_map, k)
+            f_hat = f_hat + self.refine(self.codebook.maps(token_map), k)
             states.append(f_hat)
         return states
 
     def forward(self, targets):
-        """targets: list of e_k (B, C, p_k, p_k). Returns tokens, states f̂_k and residuals (what was quantized)."""
+        """targets e_k (B, C, p_k, p_k) → lists of tokens, states f̂_k, and residuals (what was quantized)."""
         f_hat = torch.zeros_like(bicubic(targets[0], self.patch_nums[-1]))
         tokens, states, residuals = [], [], []
         for k, (p, target) in enumerate(zip(self.patch_nums, targets)):
-            residual = (target - area(f_hat, p)).detach()
-            tokens.append(self.codebook.nearest(residual))
-            f_hat = f_hat + self.contribution(tokens[k], k)
+            residuals.append((target - area(f_hat, p)).detach())
+            tokens.append(self.codebook.nearest(residuals[k]))
+            f_hat = f_hat + self.refine(self.codebook.maps(tokens[k]), k)
             states.append(f_hat)
-            residuals.append(residual)
         return tokens, states, residuals
 
 
@@ -318,111 +297,113 @@ def straight_through(quantized, features):
 
 
 def vq_loss(quantized, features, beta):
-    """Codes go to the features, features stay near the codes (van den Oord et al. 2017)."""
+    """Pulls codes to the features, and features to the codes with weight beta (van den Oord et al. 2017)."""
     return F.mse_loss(quantized, features.detach()) + beta * F.mse_loss(features, quantized.detach())
 
 
 # -----------------------------------------------------------------------------
 # Q_L
 
-AT_ONCE = 2 ** 20               # pixels: 16 pictures of 256 px, one of 1024
+PIXELS_PER_PART = 2 ** 20       # 16 pictures of 256 px, one of 1024 px
 
 
 def in_parts(function, x, side, grad_checkpoint):
-    """function(x), for pictures of `side` pixels: without gradients part by part, or a batch of 1024-px pictures would not fit.
+    """function(x) for pictures of `side` pixels. Without gradients it runs part by part, to bound memory.
 
-    grad_checkpoint: with gradients too, and nothing inside a part is kept for the backward pass, which computes it again.
+    grad_checkpoint: with gradients too; then the backward pass recomputes each part.
     """
     learns = torch.is_grad_enabled()
     if learns and not grad_checkpoint:
         return function(x)
-    parts = x.split(max(1, AT_ONCE // side ** 2))
-    if not learns:
-        return torch.cat([function(part) for part in parts])
-    return torch.cat([checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    parts = x.split(max(1, PIXELS_PER_PART // side ** 2))
+    if learns:
+        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([function(part) for part in parts])
 
 
-def decode_in_parts(decoder, codes, side, grad_checkpoint, before=nn.Identity()):
-    """decoder(before(codes)) by in_parts.
+def decode_in_parts(decoder, codes, side, grad_checkpoint, post_quant=nn.Identity()):
+    """decoder(post_quant(codes)), computed by in_parts.
 
-    With gradients the last convolution stays outside: VQGAN's adaptive weight asks for the gradient of its weights alone, and
-    inside it would make every part be computed again, and kept.
+    With gradients the last convolution stays outside: VQGAN's adaptive weight asks for the gradient of its
+    weights alone, and inside a checkpoint that would recompute every part.
     """
     if not torch.is_grad_enabled():
-        return in_parts(lambda part: decoder(before(part)), codes, side, grad_checkpoint)
-    return decoder.conv_out(in_parts(lambda part: decoder.hidden(before(part)), codes, side, grad_checkpoint))
+        return in_parts(lambda part: decoder(post_quant(part)), codes, side, grad_checkpoint)
+    hidden = in_parts(lambda part: decoder.hidden(post_quant(part)), codes, side, grad_checkpoint)
+    return decoder.conv_out(hidden)
 
 
 class StructureTokenizer(nn.Module):
-    """Q_L: images → token maps r_1 … r_K, and back, every prefix decoding to a focus state.
+    """Q_L: images → token maps r_1 … r_K, and back. Every prefix of the maps decodes to a focus state.
 
-    pyramid      'focus', or 'scale': all radii zero, which is VAR's tokenizer
-    focus_input  'image': defocus the full-size image, pool its features; 'view': encode L_k itself (Eq. 3)
+    pyramid      'focus', or 'scale': all radii are zero, which is VAR's tokenizer
+    focus_input  'image': defocus the full-size image and pool its features; 'view': encode L_k itself (Eq. 3)
     kernel, focus_schedule, max_radius   see pyramid.py
-    noise        β_1 and β_K of Eq. 3
-    Raises UserError when image_size, patch_nums and channel_mult do not belong together.
+    noise        β_1 and β_K of Eq. 3. With focus_input='image' it is added at full size, so Q_L and Q_A see
+                 different noise: A_k = D_k − L_k holds for the views of build_pyramid.
+    Raises UserError if image_size, patch_nums and channel_mult do not fit together.
     """
 
-    def __init__(self, image_size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=8192, codebook_dim=32,
-                 channels=160, channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4, pyramid='focus',
-                 focus_input='image', focus_schedule='matched', max_radius=12.0, kernel='disk',
-                 noise=(1e-3, 1e-2), beta=0.25):
+    def __init__(self, image_size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=8192,
+                 codebook_dim=32, channels=160, channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4,
+                 pyramid='focus', focus_input='image', focus_schedule='matched', max_radius=12.0,
+                 kernel='disk', noise=(1e-3, 1e-2), beta=0.25):
         super().__init__()
         check_sizes(image_size, patch_nums, channel_mult)
         if pyramid not in ('focus', 'scale') or focus_input not in ('image', 'view'):
-            raise UserError(f'pyramid={pyramid!r}, focus_input={focus_input!r}: choose focus or scale, image or view')
+            raise UserError(f'pyramid={pyramid!r}, focus_input={focus_input!r}: '
+                            'choose focus or scale, and image or view')
         if len(noise) != 2 or min(noise) < 0:
             raise UserError(f'noise={tuple(noise)}: give two numbers, β_1 and β_K, both 0 or more')
         self.image_size, self.patch_nums, self.noise, self.beta = image_size, tuple(patch_nums), noise, beta
-        self.pyramid, self.focus_input, self.kernel, self.grad_checkpoint = pyramid, focus_input, kernel, False
-        self.radii = [0.0] * len(patch_nums)
-        if pyramid == 'focus' and kernel != 'none':
-            self.radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
-        # an unknown kernel, or one that does not fit the picture, is refused now and not in the first step
-        reflect_pad(torch.empty(1, 1, image_size, image_size, device='meta'), psf(max(self.radii), kernel).shape[-1] // 2)
+        self.pyramid, self.grad_checkpoint = pyramid, False
+        self.focus_input, self.kernel = (focus_input, kernel) if pyramid == 'focus' else ('image', 'none')
+        radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
+        self.radii = radii if self.kernel != 'none' else [0.0] * len(patch_nums)
+        # refuse an unknown kernel, or one that does not fit the picture, now and not in the first step
+        margin = psf(max(self.radii), kernel).shape[-1] // 2
+        reflect_pad(torch.empty(1, 1, image_size, image_size, device='meta'), margin)
         self.encoder = Encoder(channels, channel_mult, res_blocks, codebook_dim)
         self.decoder = Decoder(channels, channel_mult, res_blocks, codebook_dim)
         self.pre_quant = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
         self.post_quant = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
         self.quantizer = MultiScaleQuantizer(patch_nums, vocab_size, codebook_dim, phis)
 
-    # -- the way in
+    # -- images to tokens
 
     def features(self, images):
-        return in_parts(lambda part: self.pre_quant(self.encoder(part)), images, images.shape[-1], self.grad_checkpoint)
+        """(B, 3, p·f, p·f) → (B, C, p, p), before quantization."""
+        side = images.shape[-1]
+        return in_parts(lambda part: self.pre_quant(self.encoder(part)), images, side, self.grad_checkpoint)
 
-    def targets(self, images, generator=None, radii=None):
-        """e_1 … e_K, each (B, C, p_k, p_k). With a generator the views carry the noise of Eq. 3.
+    def state_features(self, images, generator=None, radii=None):
+        """The features of every focus state: (B, C, p_K, p_K), or (B, C, p_k, p_k) with focus_input='view'.
 
-        radii: other ones than the tokenizer's own; fewer than K give only the first maps.
+        generator: adds the noise of Eq. 3. radii: replace the tokenizer's; fewer than K give the first maps.
         """
         radii = self.radii if radii is None else radii
-        if self.focus_input == 'view' and self.pyramid == 'focus':
+        if self.focus_input == 'view':
             noise = self.noise if generator is not None else (0.0, 0.0)
             views, _, _ = build_pyramid(images, self.patch_nums, radii, noise, self.kernel, generator)
             return [self.features(view) for view in views]
-        return [area(f, p) for f, p in zip(self.focused_features(images, radii, generator), self.patch_nums)]
-
-    def focused_features(self, images, radii, generator=None):
-        """Encoder(F_ρk(x)) at full size for every radius; each distinct one is encoded once."""
-        distinct = [max(r, 0.5) for r in radii]             # ρ ≤ ½ is the identity
-        noisy = generator is not None and self.pyramid == 'focus' and self.kernel != 'none'
-        states = {}
-        for k, (radius, beta) in enumerate(zip(distinct, noise_levels(self.noise, len(distinct)))):
-            if radius not in states:
-                states[radius] = defocus(images, radius, self.kernel)
-                if noisy:
-                    states[radius] = states[radius] + beta * noise_like(images, k, generator)
+        states = {}                                         # each distinct radius is encoded once
+        radii = [max(radius, 0.5) for radius in radii]      # ρ ≤ ½ is the identity
+        for k, beta in enumerate(noise_levels(self.noise, len(radii))):
+            if radii[k] not in states:
+                state = defocus(images, radii[k], self.kernel)
+                noisy = generator is not None and self.kernel != 'none'
+                states[radii[k]] = state + beta * noise_like(images, k, generator) if noisy else state
         features = self.features(torch.cat(list(states.values()))).chunk(len(states))
         of_radius = dict(zip(states, features))
-        return [of_radius[radius] for radius in distinct]
+        return [of_radius[radius] for radius in radii]
 
     @torch.no_grad()
     def encode(self, images, generator=None, radii=None):
-        """(B, 3, S, S) in [−1, 1] → token maps, a list of (B, p_k²) int64. generator, radii: as in targets()."""
-        return self.quantizer(self.targets(images, generator, radii))[0]
+        """(B, 3, S, S) in [−1, 1] → token maps: a list of (B, p_k²) int64. The rest as in state_features."""
+        features = self.state_features(images, generator, radii)
+        return self.quantizer([area(f, p) for f, p in zip(features, self.patch_nums)])[0]
 
-    # -- the way out
+    # -- tokens to images
 
     def decode_features(self, f_hat):
         """f̂ (B, C, p_K, p_K) → images, not clamped."""
@@ -430,7 +411,7 @@ class StructureTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_states(self, tokens):
-        """Token maps (all K, or a prefix) → the focus states they decode to: a list of images in [−1, 1]."""
+        """All token maps, or a prefix → the focus states they decode to: a list of images in [−1, 1]."""
         return [self.decode_features(f_hat).clamp(-1, 1) for f_hat in self.quantizer.accumulate(tokens)]
 
     @torch.no_grad()
@@ -442,72 +423,72 @@ class StructureTokenizer(nn.Module):
     def token_inputs(self, tokens):
         """What the transformer reads in training: area(f̂_k → p_{k+1}) for k < K, as (B, L − p_1², C)."""
         states = self.quantizer.accumulate(tokens[:-1])
-        return torch.cat([area(f, p).flatten(2).transpose(1, 2) for f, p in zip(states, self.patch_nums[1:])], 1)
+        pooled = [area(f_hat, p).flatten(2) for f_hat, p in zip(states, self.patch_nums[1:])]
+        return torch.cat(pooled, 2).transpose(1, 2)
 
     # -- training
 
     def autoencode(self, images):
-        """What the network makes of images without a quantizer in between."""
+        """Encodes and decodes images without the quantizer in between."""
         return self.decode_features(self.features(images))
 
-    def forward(self, images, generator, state):
-        """One training pass: (final image, focus state `state` of it, VQ loss, tokens, residuals).
+    def forward(self, images, generator, state=None):
+        """One training pass: a namespace of picture, state_picture, vq (the VQ loss), tokens and residuals.
 
-        state: index of the token map to decode besides the last, −1 for none (then the second result is None).
+        state: index of the token map whose focus state is decoded too, into state_picture; None for none.
         """
-        full = None
-        if self.focus_input == 'image' or self.pyramid == 'scale':
-            full = self.focused_features(images, self.radii, generator)
-        targets = self.targets(images, generator) if full is None else [area(f, p) for f, p in zip(full, self.patch_nums)]
+        features, p_K = self.state_features(images, generator), self.patch_nums[-1]
+        targets = [area(f, p) for f, p in zip(features, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 
         if self.pyramid == 'scale':                         # VAR compares every f̂_k with f at full size
-            pairs, weights = [(f_hat, full[-1]) for f_hat in states], [1] * len(states)
-        else:                                               # a focus state is held to its own target, map k with weight p_k
-            pairs, weights = [(area(f_hat, p), e) for f_hat, p, e in zip(states, self.patch_nums, targets)], self.patch_nums
-        vq = sum(weight * vq_loss(*pair, self.beta) for weight, pair in zip(weights, pairs)) / sum(weights)
+            losses = [vq_loss(f_hat, features[-1], self.beta) for f_hat in states]
+            vq = sum(losses) / len(losses)
+        else:                                               # a focus state is compared with its own target
+            losses = [p * vq_loss(area(f_hat, p), e, self.beta)
+                      for p, f_hat, e in zip(self.patch_nums, states, targets)]
+            vq = sum(losses) / sum(self.patch_nums)
 
-        def picture(k):
-            e = full[k] if full is not None else bicubic(targets[k], self.patch_nums[-1])
-            return straight_through(states[k], e)
-
-        wanted = [picture(-1)] + ([picture(state)] if state >= 0 else [])
-        decoded = self.decode_features(torch.cat(wanted)).chunk(len(wanted))
-        return decoded[0], decoded[1] if state >= 0 else None, vq, tokens, residuals
+        wanted = [-1] if state is None else [-1, state]
+        decoded = torch.cat([straight_through(states[k], bicubic(features[k], p_K)) for k in wanted])
+        picture, *others = self.decode_features(decoded).chunk(len(wanted))
+        state_picture = others[0] if others else None
+        return SimpleNamespace(
+            picture=picture, state_picture=state_picture, vq=vq, tokens=tokens, residuals=residuals)
 
 
 def check_sizes(image_size, patch_nums, channel_mult):
-    """UserError unless the encoder takes image_size to p_K and patch_nums grow."""
+    """UserError unless patch_nums grow and the encoder takes image_size to p_K."""
     f = 2 ** (len(channel_mult) - 1)
     if not patch_nums or list(patch_nums) != sorted(set(patch_nums)) or patch_nums[0] < 1:
         raise UserError(f'patch_nums={tuple(patch_nums)} must grow from a number ≥ 1')
     if min(channel_mult, default=0) < 1:
         raise UserError(f'channel_mult={tuple(channel_mult)}: give numbers of at least 1')
     if image_size != f * patch_nums[-1]:
-        raise UserError(f'image_size={image_size} does not fit patch_nums ending in {patch_nums[-1]}: with {len(channel_mult)} '
-                        f'entries in channel_mult the tokenizer reduces by {f}, so image_size must be {f * patch_nums[-1]}')
+        raise UserError(f'image_size={image_size} does not fit patch_nums ending in {patch_nums[-1]}: with '
+                        f'{len(channel_mult)} entries in channel_mult the tokenizer reduces by {f}, so '
+                        f'image_size must be {f * patch_nums[-1]}')
 
 
 # -----------------------------------------------------------------------------
 # Q_A
 
 class AliasTokenizer(nn.Module):
-    """Q_A: the alias views A_1 … A_{K−1} → one plain VQ map each (no residual chain). Training only.
+    """Q_A: the alias views A_1 … A_{K−1} → one plain VQ map each, without a residual chain. Training only.
 
-    A_K is left out: at the last scale nothing was removed. Each view is divided by its running standard
-    deviation `scale`, because alias energy differs by an order of magnitude between scales.
-    shared: a StructureTokenizer whose encoder, codebook and decoder serve both (the "w/o dual tokenizers" row
-    of Table 3), instead of networks of its own.
+    There is no A_K, because nothing is removed at the last scale. Each view is divided by its running
+    standard deviation `scale`, since alias energy differs by an order of magnitude between scales.
+    dual=False: the encoder, codebook and decoder of `structure` serve both tokenizers (Table 3, "w/o dual
+    tokenizers").
     """
 
     def __init__(self, structure, vocab_size=512, codebook_dim=8, channels=64, channel_mult=(1, 1, 2, 2, 4),
                  res_blocks=1, beta=0.25, dual=True):
         super().__init__()
         check_sizes(structure.image_size, structure.patch_nums, channel_mult)
-        self.patch_nums, self.beta, self.dual, self.grad_checkpoint = structure.patch_nums[:-1], beta, dual, False
-        self.reduction = 2 ** (len(channel_mult) - 1)
-        # pyramid geometry comes from the structure tokenizer; a tuple keeps its weights out of ours
-        self._structure = (structure,)
+        self.patch_nums, self.beta, self.dual = structure.patch_nums[:-1], beta, dual
+        self.reduction, self.grad_checkpoint = 2 ** (len(channel_mult) - 1), False
+        self._structure = (structure,)                      # in a tuple, which keeps its weights out of ours
         self.register_buffer('scale', torch.zeros(len(self.patch_nums)))
         if dual:
             self.encoder = Encoder(channels, channel_mult, res_blocks, codebook_dim)
@@ -523,28 +504,32 @@ class AliasTokenizer(nn.Module):
         return self.codebook.num_embeddings
 
     def views(self, images, generator=None):
-        """A_1 … A_{K−1} in image units, each (B, 3, p_k·f, p_k·f)."""
+        """A_1 … A_{K−1} in image units, each (B, 3, p_k·f, p_k·f). generator: adds the noise of Eq. 3."""
         structure = self._structure[0]
-        noise = structure.noise if generator is not None and structure.pyramid == 'focus' else (0.0, 0.0)
-        kernel = structure.kernel if structure.pyramid == 'focus' else 'none'
-        return build_pyramid(images, structure.patch_nums, structure.radii, noise, kernel, generator)[2][:-1]
+        noise = structure.noise if generator is not None else (0.0, 0.0)
+        _, _, alias = build_pyramid(
+            images, structure.patch_nums, structure.radii, noise, structure.kernel, generator)
+        return alias[:-1]
 
     @torch.no_grad()
     def track_scale(self, energy, weight=1.0, decay=0.99):
-        """Follows the standard deviation of every view, given their mean squares (K − 1,); not at all where weight is 0."""
-        followed = torch.where(self.scale == 0, energy.sqrt(), decay * self.scale + (1 - decay) * energy.sqrt())
-        self.scale.copy_(torch.where(torch.as_tensor(weight > 0), followed, self.scale))
+        """Updates `scale` from the mean squares of the views, (K − 1,). weight: 0 leaves it alone."""
+        followed = decay * self.scale + (1 - decay) * energy.sqrt()
+        updated = torch.where(self.scale == 0, energy.sqrt(), followed)
+        self.scale.copy_(torch.where(torch.as_tensor(weight > 0), updated, self.scale))
 
     def divisors(self, energy=None):
-        """What each view is divided by, (K − 1,). energy: mean squares of the views, for as long as nothing has been tracked."""
+        """What views are divided by, (K − 1,). energy: their mean squares, used until `scale` is tracked."""
         scale = self.scale if energy is None else torch.where(self.scale == 0, energy.sqrt(), self.scale)
         return scale.clamp(min=1e-3)
 
-    def normalised(self, views, energy=None):
+    def normalized(self, views, energy=None):
         return [view / divisor for view, divisor in zip(views, self.divisors(energy))]
 
     def features(self, view):
-        return in_parts(self.encoder, view, view.shape[-1], self.grad_checkpoint) if self.dual else self._structure[0].features(view)
+        if not self.dual:
+            return self._structure[0].features(view)
+        return in_parts(self.encoder, view, view.shape[-1], self.grad_checkpoint)
 
     def decode_features(self, codes):
         if not self.dual:
@@ -553,50 +538,52 @@ class AliasTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images, generator=None):
-        """(B, 3, S, S) in [−1, 1] → alias token maps, a list over k < K of (B, p_k²) int64."""
-        return [self.codebook.nearest(self.features(view)) for view in self.normalised(self.views(images, generator))]
+        """(B, 3, S, S) in [−1, 1] → alias token maps: a list over k < K of (B, p_k²) int64."""
+        views = self.normalized(self.views(images, generator))
+        return [self.codebook.nearest(self.features(view)) for view in views]
 
     @torch.no_grad()
     def decode(self, tokens):
         """Alias token maps → the views Â_k in image units."""
-        return [self.decode_features(self.codebook.maps(token_map)) * divisor
-                for token_map, divisor in zip(tokens, self.divisors())]
+        views = [self.decode_features(self.codebook.maps(token_map)) for token_map in tokens]
+        return [view * divisor for view, divisor in zip(views, self.divisors())]
 
     def forward(self, views):
-        """One training pass over normalised views: (reconstruction loss, VQ loss, tokens, features as seed vectors).
+        """One training pass over normalized views: a namespace of l2, vq (the losses), tokens, features.
 
-        The reconstruction loss is the mean over the views of L2 in units of each view's variance.
+        l2 is the mean over the views, in units of each view's variance.
         """
-        tokens, vectors, reconstruction, vq = [], [], [], []
-        for view in views:
-            features = self.features(view)
-            tokens.append(self.codebook.nearest(features))
-            codes = self.codebook.maps(tokens[-1])
-            reconstruction.append(F.mse_loss(self.decode_features(straight_through(codes, features)), view))
-            vq.append(vq_loss(codes, features, self.beta))
-            vectors.append(features.detach())
-        return sum(reconstruction) / len(views), sum(vq) / len(views), tokens, vectors
+        features = [self.features(view) for view in views]
+        tokens = [self.codebook.nearest(f) for f in features]
+        codes = [self.codebook.maps(token_map) for token_map in tokens]
+        decoded = [self.decode_features(straight_through(c, f)) for c, f in zip(codes, features)]
+        l2 = sum(map(F.mse_loss, decoded, views)) / len(views)
+        vq = sum(vq_loss(c, f, self.beta) for c, f in zip(codes, features)) / len(views)
+        return SimpleNamespace(l2=l2, vq=vq, tokens=tokens, features=[f.detach() for f in features])
 
 
 # -----------------------------------------------------------------------------
 # files
 
+STRUCTURE_SETTINGS = (
+    'image_size', 'patch_nums', 'vocab_size', 'codebook_dim', 'channels', 'channel_mult', 'res_blocks',
+    'phis', 'pyramid', 'focus_input', 'focus_schedule', 'max_radius', 'kernel', 'noise', 'beta')
+
+
 def build_tokenizers(config):
     """(StructureTokenizer, AliasTokenizer) from the settings of train_tokenizer.py."""
-    names = ('image_size', 'patch_nums', 'vocab_size', 'codebook_dim', 'channels', 'channel_mult', 'res_blocks', 'phis',
-             'pyramid', 'focus_input', 'focus_schedule', 'max_radius', 'kernel', 'noise', 'beta')
-    structure = StructureTokenizer(**{name: config[name] for name in names if name in config})
-    alias = AliasTokenizer(structure, config['alias_vocab_size'], config['alias_codebook_dim'], config['alias_channels'],
-                           config['channel_mult'], config['alias_res_blocks'], config['beta'], config['dual'])
-    return structure, alias
+    structure = StructureTokenizer(**{name: config[name] for name in STRUCTURE_SETTINGS if name in config})
+    own = {name: config[f'alias_{name}'] for name in ('vocab_size', 'codebook_dim', 'channels', 'res_blocks')}
+    common = {name: config[name] for name in ('channel_mult', 'beta', 'dual')}
+    return structure, AliasTokenizer(structure, **own, **common)
 
 
 def load_tokenizers(path, device='cpu'):
     """(StructureTokenizer, AliasTokenizer, checkpoint) as train_tokenizer.py saved them, in eval mode."""
     checkpoint = load_checkpoint(path, 'tokenizer', made_by='train_tokenizer.py')
     with blame(path):
-        structure, alias = build_tokenizers(checkpoint['config'])
-        load_weights(structure, checkpoint['structure'], path)
-        load_weights(alias, checkpoint['alias'], path)
-    structure, alias = (network.to(device, memory_format=torch.channels_last).eval() for network in (structure, alias))
-    return structure, alias, checkpoint
+        tokenizers = build_tokenizers(checkpoint['config'])
+        for name, tokenizer in zip(('structure', 'alias'), tokenizers):
+            load_weights(tokenizer, checkpoint[name], path)
+            tokenizer.to(device, memory_format=torch.channels_last).eval()
+    return *tokenizers, checkpoint

@@ -17,7 +17,7 @@ if script == 'train_fvar':
     teacher_blocks, distill_warmup = 1, 1600
     lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (README, ablations)
     steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: here the number of steps is what counts
-    eval_every, save_every, eval_pictures = 600, 600, 300
+    eval_every, save_every, eval_images = 600, 600, 300
 
 if script in ('sample', 'evaluate'):
     cfg, top_p = 2.0, 0.4               # a young student is surest of its likeliest tokens

@@ -91,7 +91,7 @@ def stage1_steps(gpu, configured, steps, **settings):
     configured(train_tokenizer, **STAGE1 | CUDA | settings)
     with gpu.building():
         run = train_tokenizer.set_up(gpu.device)
-    growth.begin(*filter(None, (run.optimizer, run.gan_optimizer)))
+    growth.begin(*train_tokenizer.optimizers(run))
     images = torch.empty(train_tokenizer.batch_size, 3, train_tokenizer.image_size, train_tokenizer.image_size, device=gpu.device)
     for step in steps:
         gpu.start()
@@ -175,7 +175,7 @@ def models(gpu):
     return structure.eval(), alias.eval(), student.eval()
 
 
-@pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(smooth=True), dict(kv_cache=False), dict(top_k=0, top_p=0), dict(top_k=1)],
+@pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(smooth=True), dict(top_k=0, top_p=0), dict(top_k=1)],
                          ids=lambda options: ' '.join(options) or 'plain')
 @pytest.mark.parametrize('one_each', [False, True], ids=['one generator', 'one for each picture'])
 def test_sampling_never_waits(gpu, models, options, one_each):
@@ -244,7 +244,7 @@ def small_student():
     return structure.eval(), VAR(structure.patch_nums, 32, 8, 4, depth=1, embed_dim=16, num_heads=2).eval()
 
 
-@pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(kv_cache=False), dict(smooth=True)], ids=lambda o: ' '.join(o) or 'plain')
+@pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(smooth=True)], ids=lambda o: ' '.join(o) or 'plain')
 def test_sampling_is_one_graph_and_no_other_but_for_another_number_of_pictures(options):
     structure, student = small_student()
     torch._dynamo.reset()

@@ -12,8 +12,8 @@ import model
 from util import checkpoint
 import train_fvar
 from configurator import UserError
-from model import (FVAR, VAR, Teacher, block_causal_attention, block_causal_mask, build_student, distillation_loss, draw,
-                   filter_logits, load_student)
+from model import (FVAR, VAR, Teacher, block_causal_attention, block_causal_mask, build_student, distillation_loss,
+                   filter_logits, load_student, sample_tokens)
 from tokenizer import StructureTokenizer, build_tokenizers
 
 PATCH_NUMS, LENGTHS, L = (1, 2, 3, 4), [1, 4, 9, 16], 30
@@ -65,10 +65,10 @@ def one_batch(tokenizer, batch=3):
 
 
 def logits_after(student, tokenizer, labels, tokens):
-    """Logits of the map that comes after some maps of tokens, by a pass over everything, without caches or guidance."""
-    inputs = tokenizer.token_inputs(tokens + [None]) if tokens else torch.zeros(len(labels), 0, 4)
+    """Logits of the map after some maps of tokens, by a pass over everything, without caches or guidance."""
+    unknown = [torch.zeros(len(labels), n, dtype=torch.int64) for n in LENGTHS[len(tokens):]]
     with torch.no_grad():
-        return student(labels, inputs)[:, sum(LENGTHS[:len(tokens)]):]
+        return student(labels, tokenizer.token_inputs([*tokens, *unknown])).split(LENGTHS, 1)[len(tokens)]
 
 
 # -----------------------------------------------------------------------------
@@ -78,9 +78,9 @@ def test_logits_have_a_row_for_every_position(student, tokenizer):
     labels, inputs, _, _ = one_batch(tokenizer)
     logits = student(labels, inputs)
     assert inputs.shape == (3, L - 1, 4) and logits.shape == (3, L, VOCAB) and logits.dtype == torch.float32
-    assert student(labels, inputs[:, :4]).shape == (3, 5, VOCAB)                # a shorter run of whole maps
-    stream, (condition, shared) = student.hidden(labels, inputs)
-    assert len(stream) == 4 and all(x.shape == (3, L, 16) for x in stream) and condition.shape == (3, 16) and shared is None
+    stream, condition = student.hidden(labels, inputs)
+    assert len(stream) == 4 and all(x.shape == (3, L, 16) for x in stream)
+    assert condition.embedding.shape == condition.blocks.shape == (3, 16)
 
 
 def test_width_and_heads_follow_depth_unless_given():
@@ -241,12 +241,12 @@ def exponential(*shape, seed=0):
 def test_draw_gives_the_tokens_of_multinomial():
     logits = filter_logits(2 * torch.randn(3, 40, 50, generator=seeded(1)), 20, 0.9)
     wanted = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=seeded(2)).view(3, 40)
-    assert torch.equal(draw(logits, exponential(120, 50, seed=2).view(3, 40, 50)), wanted)
+    assert torch.equal(sample_tokens(logits, exponential(120, 50, seed=2).view(3, 40, 50)), wanted)
 
 
 def test_draw_follows_the_distribution():
     share = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    tokens = draw(share.log().expand(40, 1000, 4), exponential(40, 1000, 4))
+    tokens = sample_tokens(share.log().expand(40, 1000, 4), exponential(40, 1000, 4))
     assert tokens.shape == (40, 1000) and tokens.dtype == torch.int64
     counts = torch.bincount(tokens.flatten(), minlength=4) / 40000
     assert counts[1] == 0 and (counts - share).abs().max() < 5 * math.sqrt(0.25 / 40000)
@@ -256,8 +256,8 @@ def test_draw_keeps_positions_apart():
     logits = torch.full((2, 3, 6), -torch.inf)
     wanted = torch.tensor([[0, 5, 2], [4, 1, 3]])
     logits.scatter_(2, wanted[..., None], 0.0)
-    assert torch.equal(draw(logits, exponential(2, 3, 6)), wanted)
-    assert torch.equal(draw(logits, torch.rand(2, 3, generator=seeded(), dtype=torch.float64)), wanted)
+    assert torch.equal(sample_tokens(logits, exponential(2, 3, 6)), wanted)
+    assert torch.equal(sample_tokens(logits, torch.rand(2, 3, generator=seeded(), dtype=torch.float64)), wanted)
 
 
 # -----------------------------------------------------------------------------
@@ -281,11 +281,10 @@ def test_generate_gives_tokens_of_every_map_and_the_pictures_they_decode_to(stud
 
 @pytest.mark.parametrize('options', [{}, dict(shared_aln=True), dict(qk_norm=False)], ids=str)
 @pytest.mark.parametrize('cfg', [0.0, 3.0])
-@pytest.mark.parametrize('kv_cache', [True, False])
-def test_guidance_ramps_over_the_maps_from_nothing_to_cfg(tokenizer, filtered, options, cfg, kv_cache):
+def test_guidance_ramps_over_the_maps_from_nothing_to_cfg(tokenizer, filtered, options, cfg):
     """(1 + t)·with class − t·without, t = cfg·(k−1)/(K−1), each from a whole pass over the tokens drawn so far."""
     student, labels = trained_like(small_student(**options)), torch.tensor([1, 3])
-    tokens, _ = student.generate(tokenizer, labels, cfg=cfg, top_k=5, top_p=0, generator=seeded(), kv_cache=kv_cache)
+    tokens, _ = student.generate(tokenizer, labels, cfg=cfg, top_k=5, top_p=0, generator=seeded())
     for k, logits in enumerate(filtered):
         given, without = (logits_after(student, tokenizer, c, tokens[:k]) for c in (labels, torch.full_like(labels, CLASSES)))
         t = cfg * k / 3
@@ -312,10 +311,10 @@ def test_top_k_of_one_is_greedy_whatever_the_generator(student, tokenizer, filte
 
 @pytest.mark.parametrize('smooth', [False, True])
 def test_the_same_generator_gives_the_same_picture(student, tokenizer, smooth):
-    def sample(seed, **options):
-        return student.generate(tokenizer, torch.tensor([2, 2]), 1.0, 0, 0, seeded(seed), smooth, **options)
-    (tokens, images), (again, same), (_, other), (plain, _) = sample(1), sample(1), sample(2), sample(1, kv_cache=False)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(tokens, again, plain))
+    def sample(seed):
+        return student.generate(tokenizer, torch.tensor([2, 2]), 1.0, 0, 0, seeded(seed), smooth)
+    (tokens, images), (again, same), (_, other) = sample(1), sample(1), sample(2)
+    assert all(map(torch.equal, tokens, again))
     assert torch.equal(images, same) and not torch.equal(images, other)
     assert not torch.equal(images[0], images[1])            # two pictures of one class are two draws
 
@@ -364,8 +363,7 @@ def small_teacher(student, awake=False, **options):
 def taught(student, teacher, batch):
     """What the teacher says about a batch: (logits, features)."""
     labels, inputs, _, alias = batch
-    stream, (condition, shared) = student.hidden(labels, inputs)
-    return teacher(stream, condition, shared, student.maps(sum(student.lengths)), alias)
+    return teacher(*student.hidden(labels, inputs), alias)
 
 
 def parameter_count(module):
@@ -398,7 +396,7 @@ def test_the_teacher_owns_its_last_blocks_and_a_head(student):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(teacher_blocks=0), 'teacher_blocks is at least 1'),
+    (dict(teacher_blocks=0), 'teacher_blocks must be at least 1'),
     (dict(teacher_blocks=4), 'do not fit depth=3'),
     (dict(teacher_blocks=2, shared_blocks=2), 'teacher_blocks=2 and shared_blocks=2 do not fit depth=3'),
     (dict(alias_scales=0), '4 token maps allow 1 to 3'),
@@ -414,7 +412,7 @@ def test_a_map_sees_alias_maps_up_to_its_own(student, tokenizer):
     """With M = 3 of K = 4: maps 2, 3, 4 query alias maps 1, 2, 3, and map 2 does not see alias map 3."""
     labels, inputs, tokens, alias = one_batch(tokenizer)
     teacher = small_teacher(student, awake=True, alias_scales=3)
-    assert teacher.map_of_alias.tolist() == [0] + [1] * 4 + [2] * 9 and teacher.first == 1
+    assert teacher.map_of_alias.tolist() == [0] + [1] * 4 + [2] * 9 and teacher.start == 1
     with torch.no_grad():
         before, _ = taught(student, teacher, (labels, inputs, tokens, alias))
         for alias_map, first_moved in ((0, 0), (1, 0), (2, 4)):                 # positions count from the second map on
@@ -428,7 +426,7 @@ def test_a_map_sees_alias_maps_up_to_its_own(student, tokenizer):
 def test_coarse_alias_maps_that_no_query_sees_are_left_out(student, tokenizer):
     labels, inputs, tokens, alias = one_batch(tokenizer)
     teacher = small_teacher(student, awake=True, alias_scales=1)
-    assert teacher.first == 14 and teacher.map_of_alias.tolist() == [2] * 9
+    assert teacher.start == 14 and teacher.map_of_alias.tolist() == [2] * 9
     with torch.no_grad():
         before, _ = taught(student, teacher, (labels, inputs, tokens, alias))
         after, _ = taught(student, teacher, (labels, inputs, tokens, torch.cat([(alias[:, :5] + 1) % ALIAS_VOCAB, alias[:, 5:]], 1)))
@@ -452,11 +450,11 @@ def test_the_teachers_loss_moves_only_the_teacher_and_distillation_only_the_stud
 
 def test_the_gate_is_one_sigmoid_a_channel(student):
     layer = trained_like(model.AliasGateCrossAttention(16, 2))
-    x, alias, mask = torch.randn(1, 3, 16), torch.randn(1, 5, 16), torch.ones(3, 5, dtype=torch.bool)
+    x, alias = torch.randn(1, 3, 16), torch.randn(1, 5, 16)
     with torch.no_grad():
-        before = layer(x, alias, mask)
+        before = layer(x, alias) - x
         layer.gate.bias[7] = -1e4
-        after = layer(x, alias, mask)
+        after = layer(x, alias) - x
     assert not after[..., 7].any() and torch.equal(after[..., :7], before[..., :7]) and before.all()
 
 
@@ -540,7 +538,7 @@ def trained(tmp_path, monkeypatch):
             'rows': 8, 'columns': 45, 'patch_nums': list(PATCH_NUMS), 'alias_patch_nums': list(PATCH_NUMS[:-1]), 'vocab_size': VOCAB,
             'alias_vocab_size': ALIAS_VOCAB, 'classes': [f'class {i}' for i in range(CLASSES)],
             'tokenizer': checkpoint.digest(structure.state_dict())})
-    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
+    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_images=8,
                     device='cpu', dtype='float32')
     for name, value in settings.items():
         monkeypatch.setattr(train_fvar, name, value)
@@ -592,16 +590,13 @@ def test_a_missing_student_and_another_kind_of_file_are_named(trained):
 
 @pytest.mark.parametrize('patch_nums', [(1, 2, 3, 5), (2, 3), (4,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
 def test_block_causal_attention_equals_attention_under_the_whole_mask(patch_nums):
-    """Values and gradients, for all maps and for the first ones alone."""
-    student = VAR(patch_nums, 16, 4, num_classes=3, depth=1, embed_dim=8, num_heads=2)
-    for some in range(1, len(patch_nums) + 1):
-        n = sum(student.lengths[:some])
-        q, k, v = torch.randn(3, 2, 2, n, 4, generator=torch.Generator().manual_seed(some)).requires_grad_().unbind(0)
-        maps = student.maps(n)
-        assert maps[0] == student.lengths[:some] and len(maps[1]) == sum(student.lengths[:max(0, some - 2)])
-        ours = block_causal_attention(q, k, v, maps, 0.7)
-        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=block_causal_mask(patch_nums[:some]), scale=0.7)
-        assert torch.allclose(ours, dense, atol=1e-5)
-        weight = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
-        for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v), retain_graph=True) for x in (ours, dense))):
-            assert torch.allclose(a, b, atol=1e-5)
+    """Values and gradients."""
+    lengths, mask = VAR(patch_nums, 16, 4, num_classes=3, depth=1, embed_dim=8, num_heads=2).maps()
+    assert lengths == [p * p for p in patch_nums] and len(mask) == sum(lengths[:-2])
+    q, k, v = torch.randn(3, 2, 2, sum(lengths), 4, generator=seeded()).requires_grad_().unbind(0)
+    ours = block_causal_attention(q, k, v, lengths, mask, 0.7)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=block_causal_mask(patch_nums), scale=0.7)
+    assert torch.allclose(ours, dense, atol=1e-5)
+    weight = torch.randn(dense.shape, generator=seeded(1))
+    gradients = (torch.autograd.grad((x * weight).sum(), (q, k, v), retain_graph=True) for x in (ours, dense))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))

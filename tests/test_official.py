@@ -16,7 +16,7 @@ from configurator import UserError
 from model import VAR, filter_logits
 from published import load_official, published_patch_nums, to_official
 from util.pictures import picture_grid, save_png
-from tokenizer import MultiScaleQuantizer, StructureTokenizer
+from tokenizer import MultiScaleQuantizer, StructureTokenizer, area
 
 FIXTURE = Path(__file__).resolve().parents[2] / 'shared' / 'fixtures' / 'official_var_tiny.pt'
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -87,7 +87,8 @@ def test_features_tokens_and_partial_sums_are_the_published_ones(published, load
     assert tokenizer.image_size == published['config']['image_size'] and not any(tokenizer.radii)
     with torch.no_grad():
         agree(tokenizer.features(published['image']), published['features'])
-        tokens, states, _ = tokenizer.quantizer(tokenizer.targets(published['image']))
+        tokens, states, _ = tokenizer.quantizer([area(f, p) for f, p in zip(
+            tokenizer.state_features(published['image']), tokenizer.patch_nums)])
     same_tokens(tokens, published['tokens'])
     same_tokens(tokenizer.encode(published['image']), published['tokens'])
     for ours, theirs in zip(states, published['f_hats'], strict=True):
@@ -111,13 +112,12 @@ def test_inputs_and_logits_are_the_published_ones(published, loaded):
 
 
 @pytest.mark.parametrize('how', ['greedy', 'sampled'])
-@pytest.mark.parametrize('kv_cache', [True, False])
-def test_generated_tokens_and_pictures_are_the_published_ones(published, loaded, how, kv_cache):
+def test_generated_tokens_and_pictures_are_the_published_ones(published, loaded, how):
     tokenizer, student = loaded
     wanted = published[how]
     generator = torch.Generator().manual_seed(wanted.get('seed', 0))
     tokens, images = student.generate(tokenizer, published['labels'], wanted['cfg'], wanted['top_k'], wanted['top_p'],
-                                      generator, kv_cache=kv_cache)
+                                      generator)
     same_tokens(tokens, wanted['tokens'])
     agree((images + 1) / 2, wanted['image'])                # the published code returns pictures in [0, 1]
 
@@ -242,9 +242,9 @@ def test_levels_are_numbered_from_the_picture_inwards_in_both_directions():
     tokenizer, student = pair(**OPTIONS['as at 256 px'])
     vae, _ = to_official(tokenizer, student)
     assert torch.equal(vae['decoder.up.4.block.0.conv1.weight'], tokenizer.decoder.levels[0].blocks[0].conv1.weight)
-    assert torch.equal(vae['decoder.up.4.upsample.conv.weight'], tokenizer.decoder.samplers[0].weight)
-    assert torch.equal(vae['decoder.up.1.upsample.conv.weight'], tokenizer.decoder.samplers[3].weight)
-    assert torch.equal(vae['encoder.down.3.downsample.conv.weight'], tokenizer.encoder.samplers[3].weight)
+    assert torch.equal(vae['decoder.up.4.upsample.conv.weight'], tokenizer.decoder.samplers[0][1].weight)
+    assert torch.equal(vae['decoder.up.1.upsample.conv.weight'], tokenizer.decoder.samplers[3][1].weight)
+    assert torch.equal(vae['encoder.down.3.downsample.conv.weight'], tokenizer.encoder.samplers[3][1].weight)
 
 
 def test_constants_are_the_map_of_a_position_the_mask_and_a_key_bias_of_zero():
@@ -373,7 +373,7 @@ def test_heads_follow_depth_where_no_temperature_tells():
     options = dict(depth=3, embed_dim=12, num_heads=3, shared_aln=True, qk_norm=False)
     vae, var = to_official(*pair(**options))
     _, student = load_official(vae, var, (1, 2, 3, 5))
-    assert student.num_heads == 3 and student.blocks[0].attention.heads == 3
+    assert student.num_heads == 3 and student.blocks[0].attention.num_heads == 3
     _, other = load_official(vae, var, (1, 2, 3, 5), num_heads=4)
     assert other.num_heads == 4
 
@@ -524,7 +524,7 @@ def test_the_maps_of_vars_own_sizes_need_not_be_given(patch_nums):
     var = {'word_embed.weight': torch.empty(0), 'lvl_embed.weight': torch.empty(10, 4),
            'pos_1LC': torch.empty(1, sum(p * p for p in patch_nums), 4)}
     assert published_patch_nums(var) == patch_nums
-    with pytest.raises(UserError, match='as none of VAR\'s own: give --patch_nums'):
+    with pytest.raises(UserError, match='unlike any of VAR\'s own: give --patch_nums'):
         published_patch_nums(var | {'pos_1LC': torch.empty(1, 679, 4)})
 
 

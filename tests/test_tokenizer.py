@@ -10,8 +10,8 @@ from data import normalize
 from util.charts import Charts
 from pyramid import build_pyramid, defocus, focus_radii
 from util.runtime import adamw
-from tokenizer import (AliasTokenizer, Codebook, MultiScaleQuantizer, StructureTokenizer, group_norm, straight_through,
-                       vq_loss)
+from tokenizer import (AliasTokenizer, Codebook, MultiScaleQuantizer, StructureTokenizer, area, group_norm,
+                       straight_through, vq_loss)
 
 TINY = dict(image_size=32, patch_nums=(1, 2, 3, 4, 6, 8), vocab_size=24, codebook_dim=6, channels=12, channel_mult=(1, 1, 1),
             res_blocks=1, max_radius=48.0)                  # radii of 6 … 0 pixels at 32 pixels
@@ -37,6 +37,12 @@ def pictures(count=2, side=32, seed=0):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def targets_of(tokenizer, images, generator=None):
+    """e_1 … e_K, what is quantized."""
+    features = tokenizer.state_features(images, generator)
+    return [area(f, p) for f, p in zip(features, tokenizer.patch_nums, strict=True)]
 
 
 def same(ours, theirs):
@@ -85,7 +91,7 @@ def test_radii_below_half_a_pixel_count_as_one():
 def test_scale_pyramid_has_no_blur_and_one_encoding():
     tokenizer = structure_tokenizer(pyramid='scale', noise=(0.5, 0.5))
     inputs = seen_by(tokenizer.encoder)
-    targets = tokenizer.targets(pictures(), seeded())
+    targets = targets_of(tokenizer, pictures(), seeded())
     assert tokenizer.radii == [0.0] * 6 and torch.equal(torch.cat(inputs), pictures())      # nor noise
     whole = tokenizer.features(pictures())
     for target, p in zip(targets, TINY['patch_nums'], strict=True):
@@ -97,7 +103,7 @@ def test_image_input_pools_the_features_of_the_defocused_picture(schedule):
     tokenizer = structure_tokenizer(focus_schedule=schedule)
     radii = focus_radii(TINY['patch_nums'], 32, 48.0, schedule)
     assert tokenizer.radii == radii and radii[0] == 6 and radii[-1] == 0
-    for target, radius, p in zip(tokenizer.targets(pictures()), radii, TINY['patch_nums'], strict=True):
+    for target, radius, p in zip(targets_of(tokenizer, pictures()), radii, TINY['patch_nums'], strict=True):
         alone = tokenizer.features(defocus(pictures(), radius))
         torch.testing.assert_close(target, F.interpolate(alone, (p, p), mode='area'), atol=1e-5, rtol=1e-4)
 
@@ -105,7 +111,7 @@ def test_image_input_pools_the_features_of_the_defocused_picture(schedule):
 def test_view_input_encodes_the_small_view_itself():
     tokenizer = structure_tokenizer(focus_input='view')
     focused, _, _ = build_pyramid(pictures(), TINY['patch_nums'], tokenizer.radii)
-    for target, view in zip(tokenizer.targets(pictures()), focused, strict=True):
+    for target, view in zip(targets_of(tokenizer, pictures()), focused, strict=True):
         assert torch.equal(target, tokenizer.features(view))
 
 
@@ -116,7 +122,7 @@ def test_the_kernel_of_plain_next_scale_prediction_has_no_radii():
 @pytest.mark.parametrize('focus_input', ['image', 'view'])
 def test_noise_is_reproducible_by_its_generator_and_absent_without_one(focus_input):
     tokenizer = structure_tokenizer(focus_input=focus_input, noise=(0.1, 0.2))
-    first, again, other, none, still = (tokenizer.targets(pictures(), g) for g in (seeded(1), seeded(1), seeded(2), None, None))
+    first, again, other, none, still = (targets_of(tokenizer, pictures(), g) for g in (seeded(1), seeded(1), seeded(2), None, None))
     assert same(first, again) and same(none, still)
     assert not any(torch.equal(a, b) or torch.equal(a, c) for a, b, c in zip(first, other, none))
 
@@ -125,7 +131,7 @@ def test_noise_is_reproducible_by_its_generator_and_absent_without_one(focus_inp
 def test_noise_grows_from_the_first_level_to_the_last(focus_input):
     tokenizer = structure_tokenizer(focus_input=focus_input, noise=(0.01, 0.06))
     inputs = seen_by(tokenizer.encoder)
-    tokenizer.targets(pictures(8), seeded()), tokenizer.targets(pictures(8))
+    targets_of(tokenizer, pictures(8), seeded()), targets_of(tokenizer, pictures(8))
     inputs = [part for x in inputs for part in x.split(8)]  # 'image' encodes all radii in one batch
     spread = [(noisy - clean).std().item() for noisy, clean in zip(inputs[:6], inputs[6:], strict=True)]
     assert spread == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, 0.06], rel=0.1)
@@ -225,20 +231,21 @@ def test_token_inputs_are_the_partial_sums_pooled_to_the_next_map():
 @pytest.mark.parametrize('focus_input', ['image', 'view'])
 def test_a_training_pass_decodes_the_picture_and_one_focus_state(focus_input):
     tokenizer = structure_tokenizer(focus_input=focus_input)
-    picture, state, vq, tokens, residuals = tokenizer(pictures(), None, 2)
-    wanted = [tokenizer.decode_features(f_hat) for f_hat in tokenizer.quantizer.accumulate(tokens)]
-    torch.testing.assert_close(picture, wanted[-1], atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(state, wanted[2], atol=1e-4, rtol=1e-3)
-    assert same(tokens, tokenizer.encode(pictures())) and [r.shape[-1] for r in residuals] == list(TINY['patch_nums'])
-    assert tokenizer(pictures(), None, -1)[1] is None
+    out = tokenizer(pictures(), None, 2)
+    wanted = [tokenizer.decode_features(f_hat) for f_hat in tokenizer.quantizer.accumulate(out.tokens)]
+    torch.testing.assert_close(out.picture, wanted[-1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(out.state_picture, wanted[2], atol=1e-4, rtol=1e-3)
+    assert same(out.tokens, tokenizer.encode(pictures()))
+    assert [r.shape[-1] for r in out.residuals] == list(TINY['patch_nums'])
+    assert tokenizer(pictures(), None).state_picture is None
 
 
 @pytest.mark.parametrize('focus_input', ['image', 'view'])
-@pytest.mark.parametrize('result', [0, 1])
+@pytest.mark.parametrize('result', ['picture', 'state_picture'])
 def test_the_encoder_learns_through_the_codes(focus_input, result):
     """Codes have no gradient of their own: what reaches the encoder passed straight through them."""
     tokenizer = structure_tokenizer(focus_input=focus_input)
-    tokenizer(pictures(), None, 0)[result].square().sum().backward()
+    getattr(tokenizer(pictures(), None, 0), result).square().sum().backward()
     assert tokenizer.encoder.conv_in.weight.grad.abs().max() > 0
     assert tokenizer.quantizer.codebook.weight.grad is None
 
@@ -262,13 +269,13 @@ def test_vq_loss_moves_codes_by_one_and_features_by_beta():
 @pytest.mark.parametrize('pyramid', ['focus', 'scale'])
 def test_the_vq_loss_compares_at_the_map_or_as_var_does_at_full_size(pyramid):
     tokenizer = structure_tokenizer(pyramid=pyramid)
-    _, _, vq, tokens, _ = tokenizer(pictures(), None, -1)
-    targets, whole, by_hand = tokenizer.targets(pictures()), tokenizer.features(pictures()), 0
-    for f_hat, target, p in zip(tokenizer.quantizer.accumulate(tokens), targets, TINY['patch_nums']):
+    out = tokenizer(pictures(), None)
+    targets, whole, by_hand = targets_of(tokenizer, pictures()), tokenizer.features(pictures()), 0
+    for f_hat, target, p in zip(tokenizer.quantizer.accumulate(out.tokens), targets, TINY['patch_nums']):
         error = f_hat - whole if pyramid == 'scale' else F.interpolate(f_hat, (p, p), mode='area') - target
         weight = 1 / 6 if pyramid == 'scale' else p / sum(TINY['patch_nums'])
         by_hand += weight * 1.25 * error.square().mean().item()
-    assert vq.item() == pytest.approx(by_hand, rel=1e-4)
+    assert out.vq.item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
@@ -283,16 +290,16 @@ def test_sixty_steps_on_eight_charts_lower_the_squared_error_fourfold():
 
     before = error()
     for step in range(60):
-        picture, _, vq, tokens, residuals = tokenizer(images, generator, -1)
+        out = tokenizer(images, generator)
         optimizer.zero_grad()
-        (F.mse_loss(picture, images) + vq).backward()
+        (F.mse_loss(out.picture, images) + out.vq).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
-        codebook.count(codebook.histogram(tokens), decay=0.9)
+        codebook.count(codebook.histogram(out.tokens), decay=0.9)
         if step % 10 == 0:
-            codebook.reseed([r.flatten(2).transpose(1, 2).flatten(0, 1) for r in residuals], generator, 0.03)
+            codebook.reseed([r.flatten(2).transpose(1, 2).flatten(0, 1) for r in out.residuals], generator, 0.03)
     assert error() < before / 4 and error() < images.var() / 3
-    assert len(torch.cat(tokens, 1).unique()) > 20
+    assert len(torch.cat(out.tokens, 1).unique()) > 20
 
 
 # -----------------------------------------------------------------------------
@@ -430,16 +437,16 @@ def test_alias_scale_follows_the_standard_deviation_of_every_view():
 def test_before_anything_was_tracked_a_view_is_divided_by_its_own_deviation():
     alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
     views = alias.views(pictures())
-    first = alias.normalised(views, energies(views))
+    first = alias.normalized(views, energies(views))
     assert all(view.square().mean().item() == pytest.approx(1, rel=1e-4) for view in first)
     alias.track_scale(energies(views))                      # from now on it is the running one, whatever the batch holds
-    assert same(alias.normalised(views, 4 * energies(views)), first) and same(alias.normalised(views), first)
+    assert same(alias.normalized(views, 4 * energies(views)), first) and same(alias.normalized(views), first)
 
 
 def test_alias_scale_divides_before_and_multiplies_after_and_is_saved():
     alias = alias_tokenizer()
     assert torch.equal(alias.state_dict()['scale'], alias.scale) and (alias.scale > 0).all()
-    for view in alias.normalised(alias.views(pictures())):
+    for view in alias.normalized(alias.views(pictures())):
         assert view.square().mean().item() == pytest.approx(1, rel=1e-4)
     tokens = alias.encode(pictures())
     before = alias.decode(tokens)
@@ -452,10 +459,11 @@ def test_alias_scale_divides_before_and_multiplies_after_and_is_saved():
 
 def test_an_alias_training_pass_gives_gradients_to_all_of_its_own_weights():
     alias = alias_tokenizer()
-    reconstruction, vq, tokens, vectors = alias(alias.normalised(alias.views(pictures())))
-    (reconstruction + vq).backward()
+    out = alias(alias.normalized(alias.views(pictures())))
+    (out.l2 + out.vq).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in alias.parameters())
-    assert same(tokens, alias.encode(pictures())) and [v.shape for v in vectors] == [(2, 5, p, p) for p in (1, 2, 3, 4, 6)]
+    assert same(out.tokens, alias.encode(pictures()))
+    assert [f.shape for f in out.features] == [(2, 5, p, p) for p in (1, 2, 3, 4, 6)]
 
 
 def test_without_dual_tokenizers_alias_has_no_weights_of_its_own():
@@ -520,21 +528,21 @@ def test_many_pictures_go_through_the_networks_part_by_part(monkeypatch):
         whole = structure.features(images), structure.decode_features(f_hat)
         for network in (structure.encoder, structure.decoder):
             network.register_forward_hook(lambda *call: sizes.append(len(call[1][0])))
-        monkeypatch.setattr(tokenizer, 'AT_ONCE', 2 * 16 * 16)
+        monkeypatch.setattr(tokenizer, 'PIXELS_PER_PART', 2 * 16 * 16)
         parts = structure.features(images), structure.decode_features(f_hat)
     assert sizes == [2, 2, 1] * 2 and all(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, parts))
 
 
 def test_checkpointing_changes_no_gradient_and_keeps_less(monkeypatch):
-    monkeypatch.setattr(tokenizer, 'AT_ONCE', 2 * 16 * 16)
+    monkeypatch.setattr(tokenizer, 'PIXELS_PER_PART', 2 * 16 * 16)
     images, found = torch.randn(4, 3, 16, 16, generator=seeded()), {}
     for grad_checkpoint in (False, True):
         torch.manual_seed(0)
         structure = StructureTokenizer(16, (1, 2, 4), 16, 4, 8, (1, 1, 1), 1, max_radius=60.0)
         structure.grad_checkpoint, kept = grad_checkpoint, []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            picture, state_picture, vq, _, _ = structure(images, seeded(), 1)
-        (F.mse_loss(picture, images) + state_picture.square().mean() + vq).backward()
+            out = structure(images, seeded(), 1)
+        (F.mse_loss(out.picture, images) + out.state_picture.square().mean() + out.vq).backward()
         found[grad_checkpoint] = torch.cat([p.grad.flatten() for p in structure.parameters() if p.grad is not None]), sum(kept)
     (plain, all_kept), (again, few_kept) = found[False], found[True]
     assert plain.shape == again.shape and (plain - again).abs().max() < 1e-5 * plain.abs().max() and few_kept < 0.2 * all_kept
