@@ -1,4 +1,4 @@
-"""evaluate.py: every figure on a case whose answer is known, and what is said about bad input."""
+"""evaluate.py: every metric on a case whose answer is known, and what is said about bad input."""
 import json
 import math
 from contextlib import nullcontext
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import evaluate
-from util import checkpoint
 from configurator import UserError
 from conftest import pictures, save_pictures, statistics_file
 from data import TokenDataset, normalize, open_dataset
 from model import build_student
-from util.picture_sets import fingerprint, fingerprints, spread
 from tokenizer import build_tokenizers
+from util import checkpoint
+from util.picture_sets import evenly_over_classes, fingerprint
 
 STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=16, codebook_dim=4, channels=4, channel_mult=(1, 1, 1), res_blocks=1,
               alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
@@ -22,29 +22,43 @@ STAGE2 = dict(depth=1, embed_dim=8, num_heads=2, mlp_ratio=2.0, qk_norm=True, sh
 CLASSES = ['dark', 'light']
 
 
+def change(monkeypatch, **settings):
+    """Sets settings as a command line does."""
+    for name, value in settings.items():
+        monkeypatch.setattr(evaluate, name, value)
+        monkeypatch.setitem(evaluate.config, name, value)
+
+
 # -----------------------------------------------------------------------------
 # the networks that judge
 
 def test_missing_inception_weights_are_one_line_naming_file_and_place(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, 'inception_weights', str(tmp_path / 'here.pth'))
+    change(monkeypatch, inception_weights=str(tmp_path / 'here.pth'), distance='fid')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    path, missing = evaluate.find_inception()
-    assert path == '' and 'weights-inception-2015-12-05-6726825d.pth' in missing and 'here.pth' in missing and '\n' not in missing
-    monkeypatch.setattr(evaluate, 'distance', 'fid')
-    with pytest.raises(UserError, match='not on disk'):
-        evaluate.choose_distance()
+    with pytest.raises(UserError, match='not on disk') as error:
+        evaluate.choose_distance(only_statistics=False)
+    message = str(error.value)
+    assert 'weights-inception-2015-12-05-6726825d.pth' in message and 'here.pth' in message and '\n' not in message
+
+
+def test_without_inception_weights_the_cnn_is_used_and_that_is_said(monkeypatch, tmp_path, capsys):
+    change(monkeypatch, inception_weights=str(tmp_path / 'here.pth'), distance='auto')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    assert evaluate.choose_distance(only_statistics=False) == ''
+    assert 'no FID: the Inception weights are not on disk' in capsys.readouterr().out
+    change(monkeypatch, distance='cnn')
+    assert evaluate.choose_distance(only_statistics=False) == '' and capsys.readouterr().out == ''
 
 
 def test_other_weights_are_not_taken_for_inception(monkeypatch, tmp_path):
     (tmp_path / 'here.pth').write_bytes(b'truncated')
-    monkeypatch.setattr(evaluate, 'inception_weights', str(tmp_path / 'here.pth'))
+    change(monkeypatch, inception_weights=str(tmp_path / 'here.pth'))
     with pytest.raises(UserError, match='truncated or another file'):
         evaluate.find_inception()
 
 
 def test_cnn_is_kept_and_trained_again_only_for_other_data_or_settings(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate, 'out_dir', str(tmp_path))
-    monkeypatch.setattr(evaluate, 'cnn_steps', 2)
+    change(monkeypatch, out_dir=str(tmp_path), cnn_steps=2)
     labels = torch.arange(20) % 2
     train, dev = (pictures(labels), labels), torch.device('cpu')
     cnn, accuracy = evaluate.load_or_train_cnn(train, train, 'folder', CLASSES, dev)
@@ -86,21 +100,20 @@ def finished_run(tmp_path, monkeypatch):
     checkpoint.write_json(out / 'tokens' / 'val.json', {
         'rows': 20, 'columns': rows.shape[1], 'patch_nums': [1, 2, 4], 'alias_patch_nums': [1, 2], 'vocab_size': 16,
         'alias_vocab_size': 8, 'classes': CLASSES, 'tokenizer': digest})
-    settings = dict(out_dir=str(out), per_class=6, cnn_steps=10, cnn_batch=16, batch_size=8, distance='cnn', device='cpu')
-    for name, value in settings.items():
-        monkeypatch.setattr(evaluate, name, value)
+    change(monkeypatch, out_dir=str(out), per_class=6, cnn_steps=10, cnn_batch=16, batch_size=8,
+           distance='cnn', device='cpu')
     return out, structure, student.eval()
 
 
 def test_student_metrics_of_a_student_that_knows_nothing_are_those_of_even_odds(finished_run):
     out, structure, student = finished_run
     torch.nn.init.zeros_(student.head.weight)
-    figures = evaluate.student_metrics(student, structure, TokenDataset(out / 'tokens', 'val'), nullcontext)
-    assert figures['ce'] == pytest.approx(math.log(16)) and figures['ce_per_map'] == pytest.approx(3 * [math.log(16)])
-    assert figures['bits_per_image'] == pytest.approx(21 * 4) and figures['images'] == 20       # 1 + 4 + 16 tokens of 4 bits
+    found = evaluate.student_metrics(student, structure, TokenDataset(out / 'tokens', 'val'), nullcontext)
+    assert found['ce'] == pytest.approx(math.log(16)) and found['ce_per_map'] == pytest.approx(3 * [math.log(16)])
+    assert found['bits_per_image'] == pytest.approx(21 * 4) and found['images'] == 20   # 1 + 4 + 16 tokens of 4 bits
 
 
-def test_a_whole_run_writes_every_figure_and_the_same_ones_again(finished_run, capsys):
+def test_a_whole_run_writes_every_metric_and_the_same_ones_again(finished_run, capsys):
     out = finished_run[0]
     evaluate.main()
     results = json.loads((out / 'results.json').read_text())
@@ -113,7 +126,8 @@ def test_a_whole_run_writes_every_figure_and_the_same_ones_again(finished_run, c
     assert rows['real', 'reference']['recognised'] == results['cnn']['accuracy'] == 1
     assert all(rows['real', 'reference']['fd_cnn'] < rows[name, 'reference']['fd_cnn'] for name in ('generated', 'reconstructed'))
     printed = capsys.readouterr().out
-    assert 'FD-cnn' in printed and 'FID' not in printed.replace('FID.', '')
+    assert 'FD-cnn' in printed and f"fd_cnn {rows['real', 'reference']['fd_cnn']:.5g}" in printed
+    assert 'fid' not in printed.lower()
     assert printed.count('covariance is singular') == len(results['warnings']) == 2      # of the samples, of the reference
     evaluate.main()
     assert json.loads((out / 'results.json').read_text()) == results
@@ -122,11 +136,11 @@ def test_a_whole_run_writes_every_figure_and_the_same_ones_again(finished_run, c
 def test_real_pictures_given_as_samples_are_as_good_as_the_floor(finished_run, monkeypatch):
     out = finished_run[0]
     (out / 'student.pt').unlink()                                           # samples from elsewhere need no student
-    monkeypatch.setattr(evaluate, 'parts', 'samples')
+    change(monkeypatch, parts='samples')
     images, labels = evaluate.load_images(open_dataset(str(out.parent / 'data'), 'val', 16), 0)
     for c, name in enumerate(CLASSES):
         save_pictures(out / 'samples' / name, images[labels == c])
-    monkeypatch.setattr(evaluate, 'samples', str(out / 'samples'))
+    change(monkeypatch, samples=str(out / 'samples'))
     evaluate.main()
     results = json.loads((out / 'results.json').read_text())
     generated, floor = results['distances']
@@ -134,34 +148,44 @@ def test_real_pictures_given_as_samples_are_as_good_as_the_floor(finished_run, m
     assert 'student' not in results and 'tokenizer' not in results
 
 
-def test_the_table_says_fid_where_torch_fidelity_measured(finished_run, monkeypatch, capsys):
+def test_fid_is_printed_where_torch_fidelity_measured(finished_run, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth')
-    monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *_: {'fid': 12.3456, 'isc': 2.0, 'precision': 0.5, 'recall': 0.25})
+    monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *_: {
+        'fid': 12.3456, 'isc': 2.0, 'precision': 0.5, 'recall': None})
     evaluate.main()
     printed = capsys.readouterr().out
-    assert '12.346' in printed and 'FID' in printed and 'FD-cnn' not in printed
+    assert 'generated against reference: images 12' in printed and 'fid 12.346' in printed
+    assert 'FD-cnn' not in printed and 'fd_cnn' not in printed
 
 
 def test_a_row_compares_the_sets_it_names(finished_run, monkeypatch):
-    """rFID: reconstructions against their own originals. Only what is measured to the reference is measured to its statistics."""
+    """rFID: reconstructions against their originals. Only the reference has published statistics."""
     out, structure, _ = finished_run
-    seen, moments, val = [], ('mu', 'sigma'), evaluate.load_images(open_dataset(str(out.parent / 'data'), 'val', 16), 0)[0]
-    monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth')
-    monkeypatch.setattr(evaluate, 'reference', str(out))
-    monkeypatch.setattr(evaluate, 'read_reference', lambda *_: (None, moments))
+    calls, moments = {}, ('mu', 'sigma')
+    val = evaluate.load_images(open_dataset(str(out.parent / 'data'), 'val', 16), 0)[0]
+
+    def torch_fidelity_metrics(images, others, weights_path, cache, names, moments, device, batch_size):
+        calls[names] = images, others, moments
+        return {'fid': 1.0, 'isc': 2.0, 'precision': None, 'recall': None}
+
+    change(monkeypatch, reference=str(out))
+    monkeypatch.setattr(evaluate, 'choose_distance', lambda only_statistics: 'weights.pth' if only_statistics else None)
+    monkeypatch.setattr(evaluate, 'read_reference', lambda *_: (val[:0], moments))
     monkeypatch.setattr(evaluate, 'digest', lambda *_, digest=checkpoint.digest: digest(structure.state_dict()))
-    monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', lambda *arguments: seen.append(arguments) or {
-        'fid': 1.0, 'isc': 2.0, 'precision': None, 'recall': None})
+    monkeypatch.setattr(evaluate, 'torch_fidelity_metrics', torch_fidelity_metrics)
     evaluate.main()
-    found = {arguments[6]: arguments for arguments in seen}
-    assert list(found) == evaluate.PAIRS
-    some = spread(torch.arange(20) // 10, 12)
-    reconstructed, originals = found['reconstructed', 'originals'][:2]
-    assert torch.equal(originals, val[some]) and found['reconstructed', 'originals'][7] is None
+    assert list(calls) == evaluate.PAIRS
+    chosen = evenly_over_classes(torch.arange(20) // 10, 12)
+    reconstructed, originals, published = calls['reconstructed', 'originals']
+    assert torch.equal(originals, val[chosen]) and published is None
     with torch.no_grad():
-        assert torch.equal(reconstructed, evaluate.to_uint8(structure.decode(structure.encode(normalize(val)))[some]))
-    for name, images in (('generated', seen[0][0]), ('reconstructed', reconstructed), ('real', val[some])):
-        assert torch.equal(found[name, 'reference'][0], images) and found[name, 'reference'][1::6] == (None, moments)
+        decoded = evaluate.to_uint8(structure.decode(structure.encode(normalize(val))))
+    assert torch.equal(reconstructed, decoded[chosen])
+    generated, real = calls['generated', 'reference'][0], calls['real', 'reference'][0]
+    assert len(generated) == 12 and torch.equal(real, val[chosen])
+    assert torch.equal(calls['reconstructed', 'reference'][0], reconstructed)
+    for name in ('generated', 'reconstructed', 'real'):
+        assert len(calls[name, 'reference'][1]) == 0 and calls[name, 'reference'][2] == moments
     rows = json.loads((out / 'results.json').read_text())['distances']
     assert [row['against_images'] for row in rows] == [None, None, 12, None]
 
@@ -171,7 +195,7 @@ def test_distances_to_an_npz_are_those_to_the_split_it_holds(finished_run, monke
     images, _ = evaluate.load_images(open_dataset(str(out.parent / 'data'), 'train', 16), 0)
     np.savez(out / 'train.npz', images.permute(0, 2, 3, 1).numpy())
     for reference in ('train', str(out / 'train.npz')):
-        monkeypatch.setattr(evaluate, 'reference', reference)
+        change(monkeypatch, reference=reference)
         evaluate.main()
         results = json.loads((out / 'results.json').read_text())
         distances.append({(row['set'], row['against']): row['fd_cnn'] for row in results['distances']})
@@ -180,11 +204,10 @@ def test_distances_to_an_npz_are_those_to_the_split_it_holds(finished_run, monke
 
 
 def test_statistics_of_inception_features_are_no_reference_for_the_cnn(finished_run, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, 'reference', statistics_file(tmp_path / 'mu.npz'))
-    monkeypatch.setattr(evaluate, 'inception_weights', str(tmp_path / 'here.pth'))
+    change(monkeypatch, reference=statistics_file(tmp_path / 'mu.npz'), inception_weights=str(tmp_path / 'here.pth'))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    for distance, remedy in (('cnn', 'leave --distance=cnn out'), ('auto', 'here.pth')):
-        monkeypatch.setattr(evaluate, 'distance', distance)
+    for distance, remedy in (('cnn', 'leave out --distance=cnn'), ('auto', 'here.pth')):
+        change(monkeypatch, distance=distance)
         with pytest.raises(UserError, match=f'mu.npz holds statistics of Inception features.*{remedy}') as error:
             evaluate.main()
         assert '\n' not in str(error.value)
@@ -195,10 +218,10 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
     images, labels = evaluate.generate(student, structure, nullcontext)
     np.savez(out / 'samples.npz', images.permute(0, 2, 3, 1).numpy(), labels.numpy(), made_with=np.array('{"seed": 5}'))
     for samples in ('', str(out / 'samples.npz')):
-        monkeypatch.setattr(evaluate, 'samples', samples)
+        change(monkeypatch, samples=samples)
         evaluate.main()
         results = json.loads((out / 'results.json').read_text())
-        assert results['samples'] == {'images': 12, 'fingerprint': fingerprint(fingerprints(images)),
+        assert results['samples'] == {'images': 12, 'fingerprint': fingerprint(images),
                                       'made_with': {'seed': 5} if samples else None}
         assert results['student_digest'] == checkpoint.digest(student.state_dict()) and results['device'] == 'cpu'
         assert results['tokenizer_digest'] == checkpoint.digest(structure.state_dict())
@@ -209,18 +232,17 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
 
 
 @pytest.mark.parametrize('settings, message', [
-    ({'parts': 'tokenizer,sampels'}, "'sampels' is no part"),
+    ({'parts': 'tokenizer,sampels'}, "unknown part 'sampels'"),
     ({'per_class': 0}, 'at least 1'),
     ({'reference': 'test'}, 'choose train, val, a folder of images, or an .npz'),
     ({'distance': 'is'}, 'auto, fid or cnn'),
     ({'data': 'nowhere'}, 'no such folder'),
-    ({'tokens': 'nowhere'}, 'no token files'),
+    ({'tokens': 'nowhere'}, 'no usable token files'),
     ({'tokenizer': 'nowhere.pt'}, 'run train_tokenizer.py first'),
     ({'samples': 'nowhere'}, 'no such folder or file'),
 ])
 def test_a_mistaken_setting_is_one_line(finished_run, monkeypatch, settings, message):
-    for name, value in settings.items():
-        monkeypatch.setattr(evaluate, name, value)
+    change(monkeypatch, **settings)
     with pytest.raises(UserError, match=message) as error:
         evaluate.main()
     assert '\n' not in str(error.value)

@@ -1,15 +1,15 @@
-"""Figures of pictures, each on a case whose answer is known."""
+"""Metrics of images, each on a case whose answer is known."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from util import metrics
-from util import checkpoint
 from configurator import UserError
 from conftest import normal, pictures
-from util.metrics import SmallCNN, frechet_distance, look, psnr, ssim, statistics, torch_fidelity_metrics, train_cnn
+from util import checkpoint, metrics
+from util.metrics import (
+    SmallCNN, cnn_statistics, frechet_distance, psnr, ssim, statistics, torch_fidelity_metrics, train_cnn)
 
 
 # -----------------------------------------------------------------------------
@@ -65,18 +65,19 @@ def test_statistics_are_the_mean_and_the_unbiased_covariance():
 
 
 def test_frechet_distance_of_diagonal_gaussians():
-    a, b, shift = torch.tensor([1.0, 4, 9]), torch.tensor([4.0, 4, 0]), torch.tensor([1.0, 2, 0])
+    a, b = torch.tensor([1.0, 4, 9]).double(), torch.tensor([4.0, 4, 0]).double()
+    zero, shift = torch.zeros(3).double(), torch.tensor([1.0, 2, 0]).double()
     wanted = 5 + (1 - 2) ** 2 + 0 + 3 ** 2                                  # |Δμ|² + Σ (√a − √b)²; one axis is singular
-    assert frechet_distance(torch.zeros(3), a.diag(), shift, b.diag()) == pytest.approx(wanted)
+    assert frechet_distance(zero, a.diag(), shift, b.diag()) == pytest.approx(wanted)
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
-    a, b = torch.tensor([[2.0, 1], [1, 3]]), torch.tensor([[1.0, -0.5], [-0.5, 4]])
-    product = a @ b                                                         # 2 × 2: tr √M = √(tr M + 2√det M)
-    root = math.sqrt(product.trace() + 2 * math.sqrt(product.det()))
-    distance = frechet_distance(torch.zeros(2), a, torch.zeros(2), b)
+    a, b = torch.tensor([[2.0, 1], [1, 3]]).double(), torch.tensor([[1.0, -0.5], [-0.5, 4]]).double()
+    product, zero = a @ b, torch.zeros(2).double()
+    root = math.sqrt(product.trace() + 2 * math.sqrt(product.det()))        # 2 × 2: tr √M = √(tr M + 2√det M)
+    distance = frechet_distance(zero, a, zero, b)
     assert distance == pytest.approx(float(a.trace() + b.trace()) - 2 * root)
-    assert distance == pytest.approx(frechet_distance(torch.zeros(2), b, torch.zeros(2), a))
+    assert distance == pytest.approx(frechet_distance(zero, b, zero, a))
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_even_with_fewer_images_than_features():
@@ -113,16 +114,17 @@ def measured(random_inception, tmp_path_factory):
     dark, real = pictures(0 * labels, seed=1), pictures(labels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, 'eigvals', lambda matrix: np.zeros(len(matrix)))
-        figures = torch_fidelity_metrics(dark, real, random_inception, cache=cache, names=('dark', 'real'))
+        found = torch_fidelity_metrics(dark, real, random_inception, cache, ('dark', 'real'))
     files = (next(cache.glob(f'{name}-*-features-2048.pt')) for name in ('dark', 'real'))
-    return dark, real, cache, figures, [statistics(torch.load(file, weights_only=True)) for file in files]
+    return dark, real, cache, found, [statistics(torch.load(file, weights_only=True)) for file in files]
 
 
 def test_torch_fidelity_is_called_as_it_wants_to_be(measured):
-    _, _, cache, figures, ((mu1, sigma1), (mu2, sigma2)) = measured
-    assert set(figures) == {'fid', 'isc', 'precision', 'recall'} and all(map(math.isfinite, figures.values()))
-    assert figures['fid'] == pytest.approx(float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()), rel=1e-3)
-    assert figures['recall'] < 1                            # the light half of the real ones is never made
+    _, _, cache, found, ((mu1, sigma1), (mu2, sigma2)) = measured
+    assert set(found) == {'fid', 'isc', 'precision', 'recall'} and all(map(math.isfinite, found.values()))
+    without_overlap = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+    assert found['fid'] == pytest.approx(float(without_overlap), rel=1e-3)
+    assert found['recall'] < 1                              # the light half of the real ones is never made
     assert len({file.name.split('-')[0] for file in cache.iterdir()}) == 2
 
 
@@ -131,10 +133,12 @@ def test_fid_is_measured_to_published_statistics(measured, random_inception, mon
     """And precision and recall to the images beside them, if there are any."""
     dark, real, cache, by_images, (own, published) = measured
     monkeypatch.setattr(metrics, 'frechet_distance', lambda *moments: moments)
-    figures = torch_fidelity_metrics(dark, real if images_beside else None, random_inception, cache=cache, names=('dark', 'real'),
-                                     moments=published)
-    assert all(torch.equal(a, b) for a, b in zip(figures.pop('fid'), (*own, *published), strict=True))
-    assert figures == {name: by_images[name] if images_beside or name == 'isc' else None for name in ('isc', 'precision', 'recall')}
+    images = real if images_beside else real[:0]
+    found = torch_fidelity_metrics(dark, images, random_inception, cache, ('dark', 'real'), moments=published)
+    assert all(torch.equal(a, b) for a, b in zip(found.pop('fid'), (*own, *published), strict=True))
+    assert found['isc'] == by_images['isc']
+    for name in ('precision', 'recall'):
+        assert found[name] == (by_images[name] if images_beside else None)
 
 
 def test_our_frechet_distance_is_torch_fidelitys():
@@ -146,7 +150,7 @@ def test_our_frechet_distance_is_torch_fidelitys():
 
 def test_torch_fidelity_needs_ten_images():
     with pytest.raises(UserError, match='at least 10'):
-        torch_fidelity_metrics(torch.zeros(9, 3, 8, 8), torch.zeros(20, 3, 8, 8), 'weights.pth')
+        torch_fidelity_metrics(torch.zeros(9, 3, 8, 8), torch.zeros(20, 3, 8, 8), 'weights.pth', '', ('a', 'b'))
 
 
 # -----------------------------------------------------------------------------
@@ -165,9 +169,10 @@ def test_cnn_learns_and_is_a_function_of_its_seed(augment):
     images = pictures(labels)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    cnn = train_cnn(images, labels, 2, steps=15, batch=16, augment=augment)
+    cnn = train_cnn(images, labels, 2, steps=15, batch=16, lr=5e-3, augment=augment)
     assert torch.equal(torch.get_rng_state(), before)
-    features, predicted = look(cnn, pictures(labels, seed=9))
-    assert features.shape == (40, 128) and torch.equal(predicted, labels)
-    again = train_cnn(images, labels, 2, steps=15, batch=16, augment=augment)
+    (mu, sigma), accuracy = cnn_statistics(cnn, pictures(labels, seed=9), labels)
+    assert mu.shape == (128,) and sigma.shape == (128, 128) and accuracy == 1
+    assert cnn_statistics(cnn, pictures(labels, seed=9), 1 - labels)[1] == 0
+    again = train_cnn(images, labels, 2, steps=15, batch=16, lr=5e-3, augment=augment)
     assert checkpoint.digest(again.state_dict()) == checkpoint.digest(cnn.state_dict())

@@ -5,16 +5,23 @@ import torch
 
 from configurator import UserError
 from conftest import pictures, save_pictures, statistics_file
-from util.picture_sets import check_files, check_reference, check_samples, fingerprints, read_reference, read_samples, spread
+from util.picture_sets import check_count, check_samples, evenly_over_classes, read_reference, read_samples
 
 CLASSES = ['dark', 'light']
 
 
-def test_spread_takes_the_same_share_of_every_class():
+def sums(images):
+    """Which images a set has, whatever their order."""
+    return sorted(images.sum((1, 2, 3)).tolist())
+
+
+def test_as_many_are_chosen_of_every_class():
     labels = torch.arange(1200) % 10
-    some = spread(labels, 100)
-    assert len(set(some.tolist())) == 100 and labels[some].bincount().tolist() == 10 * [10]
-    assert spread(labels, 0).tolist() == spread(labels, 5000).tolist() == list(range(1200))
+    chosen = evenly_over_classes(labels, 100)
+    assert len(set(chosen.tolist())) == 100 and labels[chosen].bincount().tolist() == 10 * [10]
+    assert chosen.tolist() == sorted(chosen.tolist())
+    for count in (0, 1200, 5000):
+        assert evenly_over_classes(labels, count).tolist() == list(range(1200))
 
 
 def test_class_folders_give_labels_and_flat_folders_do_not(tmp_path):
@@ -24,9 +31,10 @@ def test_class_folders_give_labels_and_flat_folders_do_not(tmp_path):
         save_pictures(tmp_path / 'classes' / name, images[labels == c])
     save_pictures(tmp_path / 'flat', images)
     found, found_labels = read_samples(str(tmp_path / 'classes'), 16, CLASSES)
-    assert found.shape == images.shape and torch.equal((found.float().mean((1, 2, 3)) > 120).long(), found_labels)
+    assert found.shape == images.shape
+    assert torch.equal((found.float().mean((1, 2, 3)) > 120).long(), found_labels)
     found, found_labels = read_samples(str(tmp_path / 'flat'), 16, CLASSES)
-    assert found_labels is None and sorted(found.sum((1, 2, 3)).tolist()) == sorted(images.sum((1, 2, 3)).tolist())
+    assert found_labels is None and sums(found) == sums(images)
 
 
 def test_npz_gives_the_images_and_labels_if_it_has_them(tmp_path):
@@ -44,8 +52,8 @@ def test_npz_gives_the_images_and_labels_if_it_has_them(tmp_path):
     ({'arr_0': np.zeros((9, 16, 16, 3))}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 3, 16, 16), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((0, 16, 16, 3), np.uint8)}, 'must be uint8'),
-    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, the tokenizer.s images 16 × 16'),
-    ({'arr_0': np.array([{}])}, 'can not be read'),                         # a pickle, which could run code
+    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, but the tokenizer.s images are 16 × 16'),
+    ({'arr_0': np.array([{}])}, 'cannot be read'),                          # a pickle, which could run code
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(9, 2)}, 'class numbers from 0 to 1'),
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(8, 1)}, '9 class numbers'),
 ])
@@ -63,9 +71,10 @@ def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
     np.savez(tmp_path / 'images.npz', nhwc, 7 + np.arange(6))                  # its labels are of no interest
     for name in ('folder', 'images.npz'):
         found, moments = read_reference(str(tmp_path / name), 16)
-        assert moments is None and sorted(found.sum((1, 2, 3)).tolist()) == sorted(images.sum((1, 2, 3)).tolist())
+        assert moments is None and sums(found) == sums(images)
     found, (mu, sigma) = read_reference(statistics_file(tmp_path / 'mu.npz'), 16)
-    assert found is None and mu.shape == (2048,) and torch.equal(sigma, torch.eye(2048))
+    assert found.shape == (0, 3, 16, 16) and mu.shape == (2048,)
+    assert torch.equal(sigma, torch.eye(2048))
     found, moments = read_reference(statistics_file(tmp_path / 'both.npz', arr_0=nhwc, mu_s=np.zeros(3)), 16)
     assert torch.equal(found, images) and len(moments) == 2
 
@@ -73,7 +82,7 @@ def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
 @pytest.mark.parametrize('arrays, message', [
     ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be mean .2048,. and covariance .2048, 2048.'),
     ({'sigma': np.zeros(0)}, 'must be mean'),
-    ({'mu': np.zeros(2048, np.int64)}, 'they are int64'),
+    ({'mu': np.zeros(2048, np.int64)}, 'are int64'),
     ({'mu': np.full(2048, np.nan)}, 'not finite, or not symmetric'),
     ({'sigma': np.eye(2048, k=1)}, 'not finite, or not symmetric'),
     ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, '32 × 32 px'),
@@ -95,41 +104,43 @@ def test_missing_empty_broken_and_wrongly_sized_samples_are_named(tmp_path):
         with pytest.raises(UserError, match='not an .npz'):
             read_samples(str(tmp_path / name), 16, CLASSES)
     save_pictures(tmp_path / 'small', pictures(torch.zeros(1, dtype=torch.int64), side=8))
-    with pytest.raises(UserError, match='0.png: these are 8 × 8 px'):
+    with pytest.raises(UserError, match='0.png: 8 × 8 px'):
         read_samples(str(tmp_path / 'small'), 16, CLASSES)
     (tmp_path / 'small' / '0.png').write_bytes(b'no picture')
-    with pytest.raises(UserError, match='can not be read'):
+    with pytest.raises(UserError, match='0.png.*cannot be read'):
         read_samples(str(tmp_path / 'small'), 16, CLASSES)
 
 
-def test_good_samples_raise_no_warning_and_every_flaw_raises_its_own():
+def test_good_samples_raise_no_warning_and_every_flaw_raises_its_own(tmp_path):
     labels = torch.arange(20) % 2
     images = pictures(labels)
-    assert check_samples(images, labels, 8, 2) == []
+    assert check_samples(images, labels, 2) == check_samples(images, labels, 2, path='samples.npz') == []
     flat = images.clone()
     flat[:3] = torch.tensor([200, 10, 10], dtype=torch.uint8)[:, None, None]
     uneven = labels.index_fill(0, torch.tensor(0), 1)
-    for message, arguments in {'3 of 20 samples are one flat colour': (flat, labels, 8, 2),
-                               'covariance is singular': (images, labels, 20, 2),
-                               'class order': (images, labels.sort().values, 8, 2),
-                               '9 to 11 samples a class': (images, uneven, 8, 2),
-                               'carry no class': (images, None, 8, 2),
-                               '2 of 20 samples repeat another one: the figures are of 18': (images[[*range(18), 0, 1]], labels, 8, 2),
-                               '3 of 20 samples are images of the reference': (images, labels, 8, 2, fingerprints(images[4:7])),
-                               'nothing above 1 of 255': (images % 2, labels, 8, 2)}.items():
+    repeated = images[[*range(18), 0, 1]]
+    folder = tmp_path / 'samples'
+    save_pictures(folder, images[:3])
+    assert check_samples(images, labels, 2, path=str(folder)) == []
+    (folder / '1.png').rename(folder / '1.JPEG')
+    for message, arguments in {
+            '3 of 20 samples are one flat colour': (flat, labels, 2),
+            'class order': (images, labels.sort().values, 2),
+            '9 to 11 samples per class': (images, uneven, 2),
+            'have no classes': (images, None, 2),
+            '2 of 20 samples repeat another one: the metrics are those of 18': (repeated, labels, 2),
+            '3 of 20 samples are images of the reference': (images, labels, 2, images[4:7]),
+            'no sample has a value above 1 of 255': (images % 2, labels, 2),
+            '1 of 20 samples are JPEG': (images, labels, 2, (), str(folder))}.items():
         warnings = check_samples(*arguments)
         assert len(warnings) == 1 and message in warnings[0] and '\n' not in warnings[0]
-    many = torch.arange(3 * 2049 * 4, dtype=torch.int64).remainder(251).to(torch.uint8).view(2049, 3, 2, 2)
-    assert 'published FIDs use 50,000' in check_samples(many, torch.arange(2049) % 3, 2048, 3)[0]
     with pytest.raises(UserError, match='only 9 samples'):
-        check_samples(images[:9], labels[:9], 8, 2)
+        check_samples(images[:9], labels[:9], 2)
 
 
-def test_a_small_reference_and_lossy_files_are_warned_of(tmp_path):
-    assert check_reference(300, 128) == check_reference(50_000, 2048) == []
-    assert '100 reference images for 128 features: their covariance is singular' in check_reference(100, 128)[0]
-    assert '12000 reference images' in check_reference(12_000, 2048)[0]
-    save_pictures(tmp_path / 'samples', pictures(torch.zeros(3, dtype=torch.int64)))
-    assert check_files(str(tmp_path / 'samples')) == check_files('samples.npz') == []
-    (tmp_path / 'samples' / '1.png').rename(tmp_path / 'samples' / '1.JPEG')
-    assert '1 of 3 samples are JPEG' in check_files(str(tmp_path / 'samples'))[0]
+def test_too_few_images_are_warned_of():
+    assert check_count('samples', 300, 128) == check_count('samples', 50_000, 2048) == []
+    for what in ('samples', 'reference images'):
+        assert f'100 {what} for 128 features: their covariance is singular' in check_count(what, 100, 128)[0]
+        assert f'2048 {what} for 2048 features: their covariance' in check_count(what, 2048, 2048)[0]
+        assert f'12000 {what}: published FIDs use 50,000' in check_count(what, 12_000, 2048)[0]

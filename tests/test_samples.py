@@ -5,6 +5,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ import torch
 import data
 import evaluate
 import published
-from util import checkpoint, runtime
 from configurator import HERE, UserError
 from data import balanced_labels, sample_generators
-from model import VAR, build_student, draw, filter_logits, smooth_codes
-from util.picture_sets import check_samples, read_samples
+from model import VAR, build_student, filter_logits, sample_tokens, smooth_codes
 from tokenizer import build_tokenizers
+from util import checkpoint, runtime
+from util.picture_sets import check_samples, read_samples
 
 STAGE1 = dict(image_size=16, patch_nums=(1, 2, 4), vocab_size=64, codebook_dim=4, channels=8, channel_mult=(1, 1, 1), res_blocks=1,
               alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True, data='nowhere')
@@ -81,7 +82,7 @@ def test_every_class_comes_equally_often_in_an_order_of_the_seed(whole):
     assert images.shape == (COUNT, 3, 16, 16) and images.dtype == torch.uint8 and len(images.flatten(1).unique(dim=0)) == COUNT
     assert labels.bincount().tolist() == 3 * [COUNT // 3] and torch.equal(labels, balanced_labels(3, COUNT, seed=0))
     assert (labels.diff() < 0).any() and not torch.equal(labels, balanced_labels(3, COUNT, seed=1))
-    assert check_samples(images, labels, 8, 3) == []
+    assert check_samples(images, labels, 3) == []
 
 
 def test_a_plain_npz_that_says_what_made_it(whole):
@@ -112,7 +113,7 @@ def test_evaluate_samples_the_same_pictures_as_it_goes(whole, trained, monkeypat
     structure, student, *_ = published.load_deployed(str(trained))
     for name, value in dict(per_class=COUNT // 3, batch_size=7).items():
         monkeypatch.setattr(evaluate, name, value)
-    found, wanted = evaluate.generate(student, structure, runtime.nullcontext), read_samples(str(whole), 16, CLASSES)
+    found, wanted = evaluate.generate(student, structure, nullcontext), read_samples(str(whole), 16, CLASSES)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
@@ -135,8 +136,8 @@ def two_ranks(rank):
 def test_the_number_of_processes_does_not_matter(sample, whole, trained, tmp_path, monkeypatch):
     """One of two is this process."""
     generate, counts = VAR.generate, []
-    monkeypatch.setattr(VAR, 'generate', lambda self, tokenizer, labels, *arguments: (
-        counts.append(len(labels)), generate(self, tokenizer, labels, *arguments))[1])
+    monkeypatch.setattr(VAR, 'generate', lambda self, tokenizer, labels, **options: (
+        counts.append(len(labels)), generate(self, tokenizer, labels, **options))[1])
     arguments = f'--num_samples={COUNT}', f'--out={tmp_path}/samples.npz', '--batch_size=4'
     for name, value in two_ranks(rank=0).items():
         monkeypatch.setenv(name, value)
@@ -168,15 +169,15 @@ def uniform(seed, numbers, count):
 
 def test_a_picture_of_its_own_generator_draws_the_same_in_any_batch():
     logits = filter_logits(3 * torch.randn(5, 40, 30, generator=runtime.generator(1)), 20, 0.9)
-    together = draw(logits, uniform(0, range(5), 40))
-    alone = [draw(logits[i:i + 1], uniform(0, [i], 40)) for i in range(5)]
+    together = sample_tokens(logits, uniform(0, range(5), 40))
+    alone = [sample_tokens(logits[i:i + 1], uniform(0, [i], 40)) for i in range(5)]
     assert together.dtype == torch.int64 and torch.equal(together, torch.cat(alone))
     assert (logits.gather(2, together[..., None]) > -torch.inf).all()
 
 
 def test_a_list_of_generators_draws_from_the_same_distribution_as_one():
     share = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    tokens = draw(share.log().expand(40, 1000, 6), uniform(3, range(40), 1000))
+    tokens = sample_tokens(share.log().expand(40, 1000, 6), uniform(3, range(40), 1000))
     counts = torch.bincount(tokens.flatten(), minlength=6) / 40_000
     assert (counts[share == 0] == 0).all() and (counts - share).abs().max() < 5 * (0.25 / 40_000) ** 0.5
     logits, codes = torch.randn(1, 2, 4, generator=runtime.generator(2)), torch.eye(4)
@@ -189,7 +190,7 @@ def test_a_list_of_generators_draws_from_the_same_distribution_as_one():
 def test_a_number_is_read_off_the_cumulative_distribution(number, code):
     """Codes of probability zero have no width, not even at the ends."""
     logits = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).log().view(1, 1, 6)
-    assert draw(logits, torch.tensor([[number]], dtype=torch.float64)).tolist() == [[code]]
+    assert sample_tokens(logits, torch.tensor([[number]], dtype=torch.float64)).tolist() == [[code]]
 
 
 # -----------------------------------------------------------------------------
@@ -200,11 +201,11 @@ def interrupted(sample, tmp_path, monkeypatch):
     """A folder in which sampling was stopped in its fourth batch of 4; the sizes of all batches from then on."""
     generate, sizes = VAR.generate, []
 
-    def counted(self, tokenizer, labels, *arguments):
+    def counted(self, tokenizer, labels, **options):
         sizes.append(len(labels))
         if sizes == 4 * [4]:
             raise KeyboardInterrupt
-        return generate(self, tokenizer, labels, *arguments)
+        return generate(self, tokenizer, labels, **options)
 
     monkeypatch.setattr(VAR, 'generate', counted)
     status, _, err = sample(f'--num_samples={COUNT}', f'--out={tmp_path}/new/samples.npz', '--batch_size=4')
@@ -227,10 +228,10 @@ def test_an_interrupted_run_may_go_on_with_another_batch_size(samples, whole, in
     assert samples('--batch_size=30') == whole.read_bytes()
 
 
-def test_a_partial_file_of_other_settings_is_begun_anew_and_that_is_said(sample, whole, interrupted):
+def test_a_partial_file_of_other_settings_is_started_again_and_that_is_said(sample, whole, interrupted):
     folder, sizes = interrupted
     status, out, _ = sample(f'--num_samples={COUNT}', f'--out={folder}/samples.npz', '--batch_size=4', '--cfg=3')
-    assert status == 0 and 'samples.partial was begun with other settings (cfg): it is begun anew' in out
+    assert status == 0 and 'samples.partial has other settings or is damaged: starting again' in out
     assert sum(sizes) == COUNT and (folder / 'samples.npz').read_bytes() != whole.read_bytes()
 
 
@@ -244,15 +245,16 @@ def test_a_partial_file_that_was_cut_short_is_not_trusted(samples, whole, interr
 # bad input
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--num_samples=31'], '31 samples can not be equally many of each of 3 classes: take 30 or 33'),
-    (['--num_samples=2'], '2 samples can not be equally many of each of 3 classes: take 3'),
+    (['--num_samples=31'], '31 samples cannot be shared equally by 3 classes: use a multiple of 3'),
+    (['--num_samples=2'], '2 samples cannot be shared equally by 3 classes'),
     (['--num_samples=-3'], '--num_samples=-3: must be at least 0'),
-    (['--num_samples=30', '--classes=1'], 'and no --classes'),
+    (['--num_samples=30', '--classes=1'], '--num_samples take no --classes'),
+    (['--num_samples=30', '--export={folder}'], 'give only one of --edit, --refocus, --num_samples and --export'),
     (['--out={folder}/samples.npz'], 'samples.npz: give --num_samples=NUMBER'),
     (['--num_samples=30', '--out={folder}'], 'a file that ends in .npz'),
     (['--num_samples=30', '--out={folder}/folder.npz'], 'folder.npz: give --num_samples=NUMBER, and as --out a file'),
     (['--num_samples=30', '--out={folder}/samples.png'], 'a file that ends in .npz'),
-    (['--num_samples=30', '--out={folder}/file/samples.npz'], 'file: File exists'),
+    (['--num_samples=30', '--out={folder}/file/samples.npz'], 'samples.partial.json: Not a directory'),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(sample, tmp_path, arguments, message):
     (tmp_path / 'folder.npz').mkdir()
@@ -271,5 +273,5 @@ def test_pictures_to_look_at_are_drawn_by_one_process(sample, monkeypatch):
 def test_numbers_of_samples_that_fit():
     for count in (3, 30):
         assert balanced_labels(3, count, 0).bincount().tolist() == 3 * [count // 3]
-    with pytest.raises(UserError, match='take 1000'):
+    with pytest.raises(UserError, match='multiple of 1000'):
         balanced_labels(1000, 50, 0)

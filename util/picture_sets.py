@@ -1,24 +1,24 @@
-"""Sets of pictures, uint8 (N, 3, S, S): read from a data set, a folder or an .npz, and looked at for what would mislead.
+"""Sets of images, uint8 (N, 3, S, S): read from data sets, folders or .npz files, and checked for flaws.
 
-A file is never trusted: an .npz is read without pickle, and what is wrong with a file is a UserError that names it.
+Files are not trusted: an .npz is read without pickle, and a bad file raises a UserError that names it.
 """
 import hashlib
 import os
-import zipfile
 
 import numpy as np
 import torch
 
-from util import runtime
 from configurator import UserError
-from data import fetch, pictures_below, read_picture
+from data import fetch, pictures_below
+from util import runtime
+from util.pictures import open_photo
 
 
 # -----------------------------------------------------------------------------
 # reading
 
-def spread(labels, count):
-    """Indices of `count` items (0, or more than there are: all), every class with its share; ascending."""
+def evenly_over_classes(labels, count):
+    """Indices of `count` items, equally many per class, ascending. All items if count is 0 or too large."""
     by_class = labels.argsort(stable=True)
     if 0 < count < len(labels):
         by_class = by_class[torch.arange(count) * len(labels) // count]
@@ -26,161 +26,156 @@ def spread(labels, count):
 
 
 def load_images(dataset, count, workers=0):
-    """(images, labels) of at most `count` items of a data set, centre crops; workers: processes that decode them."""
-    indices = spread(dataset.labels, count).tolist()
-    images, labels = zip(*fetch(dataset, [indices[i:i + 256] for i in range(0, len(indices), 256)], workers))
+    """Centre crops of `count` items of a data set, equally many per class (0: all), and their labels.
+
+    workers: processes that decode images.
+    """
+    batches = evenly_over_classes(dataset.labels, count).split(256)
+    images, labels = zip(*fetch(dataset, [batch.tolist() for batch in batches], workers))
     return torch.cat(images), torch.cat(labels)
 
 
 def read_samples(path, image_size, classes):
-    """(images, labels or None) from a folder of pictures or an .npz; see read_folder and read_npz. Real ones are read alike."""
+    """Images from a folder (see read_folder) or an .npz, and their labels, None if there are none.
+
+    An .npz has arr_0 (N, S, S, 3) uint8 and may have labels in arr_1 (N,): the format of guided-diffusion.
+    """
     if os.path.isdir(path):
         return read_folder(path, image_size, classes)
-    if os.path.isfile(path):
-        return read_npz(path, image_size, len(classes))
-    raise UserError(f'--samples={path}: no such folder or file')
+    if not os.path.isfile(path):
+        raise UserError(f'--samples={path}: no such folder or file')
+    arrays = load_arrays(path, ('arr_0', 'arr_1'))
+    images = to_images(path, arrays.get('arr_0'), image_size)
+    labels = arrays.get('arr_1')
+    if labels is None:
+        return images, None
+    if (labels.shape != (len(images),) or labels.dtype.kind not in 'iu'
+            or not 0 <= labels.min() <= labels.max() < len(classes)):
+        raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {len(classes) - 1}')
+    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def read_reference(path, image_size):
-    """(images or None, moments or None) from a folder of pictures or an .npz: what distances are measured to.
+    """Images from a folder or an .npz to measure distances against, and the published statistics in the .npz.
 
-    moments: (mu (2048,), sigma (2048, 2048)) of Inception's features, in an .npz that holds them. Those that are published
-    for guided-diffusion's evaluator hold 10,000 images (arr_0) as well. UserError for statistics of other features.
+    These are (mu (2048,), sigma (2048, 2048)) of Inception features, or None. An .npz of
+    statistics may have images too, like those for guided-diffusion's evaluator; otherwise the images are
+    (0, 3, S, S). Raises UserError for statistics of other features.
     """
-    arrays = load_arrays(path, ('mu', 'sigma')) if os.path.isfile(path) else {}
-    if not arrays:
-        return read_folder(path, image_size)[0] if os.path.isdir(path) else read_npz(path, image_size)[0], None
+    if os.path.isdir(path):
+        return read_folder(path, image_size)[0], None
+    arrays = load_arrays(path, ('arr_0', 'mu', 'sigma'))
+    images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    if arrays.keys() != {'mu', 'sigma'}:
+        images = to_images(path, arrays.get('arr_0'), image_size)
+    if arrays.keys() <= {'arr_0'}:
+        return images, None
     mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or {mu.dtype.kind, sigma.dtype.kind} != {'f'}:
-        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception\'s pool3 features, '
-                        f'they are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T, atol=1e-4)):
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or mu.dtype.kind + sigma.dtype.kind != 'ff':
+        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of '
+                        f'Inception features, but are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
+    if not (np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4)):
         raise UserError(f'{path}: mu and sigma are damaged: not finite, or not symmetric')
-    with zipfile.ZipFile(path) as file:                     # looked for only: 10,000 images are not read twice
-        has_images = 'arr_0.npy' in file.namelist()
-    return read_npz(path, image_size)[0] if has_images else None, (torch.from_numpy(mu), torch.from_numpy(sigma))
+    return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
 def read_folder(path, image_size, classes=()):
-    """Pictures at any depth, shuffled; labels where all lie in folders named like classes. UserError naming a bad file."""
+    """Pictures at any depth, shuffled, and their labels if all folders are named like classes, else None."""
     files = pictures_below(path)
     if not files:
         raise UserError(f'{path}: no pictures in this folder')
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     for i, file in enumerate(files):
-        try:
-            picture = read_picture(file, image_size)
-        except Exception as error:                          # Pillow raises nearly anything on a broken file
-            raise UserError(f'{file!a} can not be read ({type(error).__name__}: {error}): remove it or make it again') from None
-        check_size(file, picture.size, image_size)
-        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
-    labels = torch.tensor([classes.index(folder) for folder in folders]) if set(folders) <= set(classes) else None
-    # sorted names are in class order, which says nothing about how the samples were made
+        pixels = np.array(open_photo(file, image_size))
+        images[i:i + 1] = to_images(file, pixels[None], image_size)
+    # sorted by name they would be in class order, which says nothing about how the samples were made
     order = torch.randperm(len(files), generator=runtime.generator(0, 8))
-    return images[order], None if labels is None else labels[order]
+    folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
+    if not set(folders) <= set(classes):
+        return images[order], None
+    labels = torch.tensor([classes.index(folder) for folder in folders])
+    return images[order], labels[order]
 
 
 def load_arrays(path, names):
-    """{name: array} of those that an .npz has; UserError if it can not be read. Never runs code from the file."""
+    """{name: array} of the given names that an .npz has. Never runs code. Raises UserError for a bad file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise UserError(f'{path} can not be read: damaged, or not an .npz of plain arrays') from None
+    except Exception as error:                              # NumPy raises nearly anything on a broken file
+        raise UserError(f'{path} cannot be read: damaged, or not an .npz of plain arrays '
+                        f'({type(error).__name__})') from None
 
 
-def read_npz(path, image_size, num_classes=0):
-    """arr_0 (N, S, S, 3) uint8, and labels from arr_1 (N,) if it is there: what guided-diffusion's evaluator reads.
-
-    num_classes: 0 leaves the labels alone, those of a reference say nothing here.
-    """
-    arrays = load_arrays(path, ('arr_0', 'arr_1') if num_classes else ('arr_0',))
-    if 'arr_0' not in arrays:
+def to_images(path, array, image_size):
+    """An array (N, S, S, 3) uint8 as (N, 3, S, S). Raises UserError for something else. path: its file."""
+    if array is None:
         raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
-    images, labels = arrays['arr_0'], arrays.get('arr_1')
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), it is {images.dtype} {images.shape}; figures are of '
-                        f'rounded values from 0 to 255')
-    check_size(path, images.shape[2:0:-1], image_size)
-    if labels is not None:
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < num_classes:
-            raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {num_classes - 1}')
-        labels = torch.from_numpy(labels.astype(np.int64))
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
+        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), rounded values from 0 to 255, but is '
+                        f'{array.dtype} {array.shape}')
+    height, width = array.shape[1:3]
+    if not height == width == image_size:
+        raise UserError(f'{path}: {width} × {height} px, but the tokenizer\'s images are {image_size} × '
+                        f'{image_size}; a distance between them would measure the resizing')
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def check_size(name, size, image_size):
-    if tuple(size) != (image_size, image_size):
-        raise UserError(f'{name}: these are {size[0]} × {size[1]} px, the tokenizer\'s images {image_size} × {image_size}: '
-                        f'a distance between them would measure the resizing')
-
-
-def fingerprints(images):
-    """16 bytes for every image: equal ones have equal bytes."""
+def image_hashes(images):
+    """16 bytes per image; equal images have equal bytes."""
     return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in images]
 
 
-def fingerprint(of_images):
-    """One for a whole set of images in their order, from the fingerprints of each; hexadecimal."""
-    return hashlib.blake2b(b''.join(of_images), digest_size=8).hexdigest()
+def fingerprint(images):
+    """16 hexadecimal digits for a whole set of images in their order."""
+    return hashlib.blake2b(b''.join(image_hashes(images)), digest_size=8).hexdigest()
 
 
 # -----------------------------------------------------------------------------
-# what would mislead
+# flaws that would mislead: functions that return warnings, one line each
 
-def check_reference(count, num_features):
-    """Warnings, a line each, about a reference of so many images."""
+def check_count(what, count, num_features):
+    """About the number of images in a set, `what`. num_features: of the network behind the distance."""
     if count <= num_features:
-        return [f'{count} reference images for {num_features} features: their covariance is singular and every distance too high; '
-                f'compare only with runs that have the same reference']
+        return [f'{count} {what} for {num_features} features: their covariance is singular and the distance '
+                f'far too high; compare only with runs that have as many']
     if num_features == 2048 and count < 50_000:
-        return [f'{count} reference images (--real_images, --reference): published FIDs compare with whole training sets or their '
-                f'statistics; fewer raise it']
+        return [f'{count} {what}: published FIDs use 50,000 samples and a whole training set or '
+                f'its statistics; fewer images raise FID']
     return []
 
 
-def check_files(path):
-    """Warnings, a line each, about how samples were saved."""
-    files = pictures_below(path) if os.path.isdir(path) else []
-    lossy = sum(file.lower().endswith(('.jpg', '.jpeg')) for file in files)
-    return [f'{lossy} of {len(files)} samples are JPEG: FID counts what compression did to them as an error; save PNG'] if lossy else []
+def check_samples(images, labels, num_classes, reference=(), path=''):
+    """About samples (N, 3, H, W) with labels (N,) or None. Raises UserError if N < 10.
 
-
-def check_samples(images, labels, num_features, num_classes, known=()):
-    """Warnings, a line each, about samples that make the figures say something else than they seem to.
-
-    images uint8 (N, 3, S, S); labels (N,) or None; num_features of the network behind the distance; known: fingerprints of
-    the reference's images. UserError for N < 10.
+    reference: the images that distances are measured against. path: the folder the samples come from.
     """
-    count, warnings = len(images), []
+    count = len(images)
     if count < 10:
-        raise UserError(f'only {count} samples: no distance can be measured; give at least 10, better thousands')
-    if count <= num_features:
-        warnings.append(f'{count} samples for {num_features} features: their covariance is singular and the distance far too '
-                        f'high; compare it only with the floor and with runs of as many samples')
-    if num_features == 2048 and num_features < count < 50_000:
-        warnings.append(f'{count} samples: published FIDs use 50,000; fewer raise it')
+        raise UserError(f'only {count} samples: too few for any distance; give at least 10, better thousands')
+    lossy = sum(file.lower().endswith(('.jpg', '.jpeg')) for file in pictures_below(path))
     flat = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
-    if flat.any():
-        warnings.append(f'{int(flat.sum())} of {count} samples are one flat colour: failed samples raise every distance')
-    if images.max() <= 1:
-        warnings.append('samples hold nothing above 1 of 255: were they made uint8 before they were scaled? The figures are of black '
-                        'pictures')
-    found = fingerprints(images[~flat])
-    copies, known = len(found) - len(set(found)), set(known)
-    if copies:
-        warnings.append(f'{copies} of {count} samples repeat another one: the figures are of {count - copies} samples, and fewer '
-                        f'raise FID and lower recall; was a seed used twice?')
-    if stolen := sum(one in known for one in found):
-        warnings.append(f'{stolen} of {count} samples are images of the reference itself: the distance is too low, it rewards copying')
-    if labels is None:
-        return warnings + ['samples carry no class (class folders, or arr_1): no `recognised`, and nobody checks that '
-                           'classes are as frequent as in the real images']
-    frequency = labels.bincount(minlength=num_classes)
-    if frequency.min() != frequency.max():
-        warnings.append(f'{frequency.min()} to {frequency.max()} samples a class: the distance counts the imbalance as an error')
-    if num_classes > 1 and (labels.diff() >= 0).all():
-        warnings.append('samples are in class order: harmless here, where IS is taken over shuffled parts, but evaluators '
-                        'that do not shuffle report too low an IS')
-    return warnings
+    hashes = image_hashes(images[~flat])
+    known = set(image_hashes(reference))
+    copies = len(hashes) - len(set(hashes))
+    stolen = sum(one in known for one in hashes)
+    flaws = [
+        (lossy, f'{lossy} of {count} samples are JPEG: FID counts its artefacts as errors; save PNG'),
+        (flat.any(), f'{flat.sum()} of {count} samples are one flat colour: failures raise every distance'),
+        (images.max() <= 1, 'no sample has a value above 1 of 255: were they made uint8 before scaling?'),
+        (copies, f'{copies} of {count} samples repeat another one: the metrics are those of {count - copies} '
+                 f'samples, and fewer raise FID and lower recall; was a seed used twice?'),
+        (stolen, f'{stolen} of {count} samples are images of the reference: copying lowers the distance'),
+        (labels is None, 'samples have no classes (class folders, or arr_1): `recognised` is left out, and '
+                         'class frequencies are not checked'),
+    ]
+    if labels is not None:
+        frequency = labels.bincount(minlength=num_classes)
+        least, most = frequency.min(), frequency.max()
+        in_order = num_classes > 1 and (labels.diff() >= 0).all()
+        flaws += [
+            (least < most, f'{least} to {most} samples per class: the distance counts this as an error'),
+            (in_order, 'samples are in class order: harmless here, where IS shuffles them, but other '
+                       'evaluators may report too low an IS'),
+        ]
+    return [warning for found, warning in flaws if found]
