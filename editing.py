@@ -24,14 +24,15 @@ def painted_tokens(mask, patch_nums):
     mask (S, S), 1 where to repaint. Returns a bool tensor (1, p_k²) per map. The first map is always kept:
     it holds the tone of the whole picture, and old and new parts must agree on that.
     """
-    painted = [area(mask[None, None], p).flatten(1) >= 0.5
-               for p in patch_nums]
+    painted = [
+        area(mask[None, None], p).flatten(1) >= 0.5
+        for p in patch_nums]
     painted[0] = torch.zeros_like(painted[0])
     return painted
 
 
 def feather(mask, margin=2):
-    """Blending weight of the repainted picture, (S, S): 0 outside the mask, rising to 1 over `margin` pixels inside.
+    """Blending weight of the new content, (S, S): 0 outside the mask, rising to 1 over `margin` pixels in it.
 
     Every pixel outside stays as it was. There is no ramp at the picture's own borders.
     """
@@ -50,8 +51,9 @@ def edit(student, tokenizer, photo, mask, labels, **sampling):
     sampling: cfg, top_k, top_p, generator and smooth, as in VAR.generate.
     """
     painted = painted_tokens(mask, tokenizer.patch_nums)
-    given = [tokens.masked_fill(cells, -1)
-             for tokens, cells in zip(tokenizer.encode(photo), painted)]
+    given = [
+        tokens.masked_fill(cells, -1)
+        for tokens, cells in zip(tokenizer.encode(photo), painted)]
     _, images = student.generate(tokenizer, labels, given=given, **sampling)
     return photo + feather(mask) * (images - photo)
 
@@ -62,8 +64,8 @@ def edit(student, tokenizer, photo, mask, labels, **sampling):
 def known_states(radii, radius):
     """Radii of the focus states that follow from a photo with this blur: those blurred at least as much."""
     if max(radii) == 0:
-        raise UserError('this tokenizer has no focus states (pyramid=scale, or no kernel), so it cannot refocus; '
-                        'use one trained for next-focus prediction')
+        raise UserError('this tokenizer has no focus states (pyramid=scale, or no kernel), so it cannot '
+                        'refocus; use one trained for next-focus prediction')
     if not 0.5 < radius <= radii[0]:
         raise UserError(f'--radius={radius:g}: give the blur radius in pixels of the photo at the student\'s '
                         f'size, above 0.5 and at most {radii[0]:g}, the blur of the first state')
@@ -71,7 +73,7 @@ def known_states(radii, radius):
 
 
 def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling):
-    """Brings photos (B, 3, S, S) that are out of focus by `radius` pixels into focus. Returns (B, 3, S, S).
+    """Brings photos (B or 1, 3, S, S) that are out of focus by `radius` pixels into focus: (B, 3, S, S).
 
     The photo is blurred further to every state it determines (squared radii of successive blurs add, as
     variances do) and tokenized that far; the student samples the remaining maps. consistent() then restores
@@ -79,7 +81,9 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
     UserError if the radius is outside the tokenizer's focus states, or if it has none.
     """
     known = known_states(tokenizer.radii, radius)
-    further = [math.sqrt(max(0.0, r * r - radius * radius)) for r in known]
+    further = [
+        math.sqrt(max(0.0, r * r - radius * radius))
+        for r in known]
     given = tokenizer.encode(blurred, radii=further)
     _, images = student.generate(tokenizer, labels, given=given, **sampling)
     if noise == 0:
@@ -107,9 +111,11 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     mean = images.mean((2, 3), keepdim=True)
     mirrored = F.pad(images - mean, (0, S - 2, 0, S - 2), mode='reflect')
     weight = psf(radius, kernel).to(images)
-    side, half = weight.shape[-1], weight.shape[-1] // 2
+    side = weight.shape[-1]
+    half = side // 2
     centred = F.pad(weight, (0, 2 * S - 2 - side) * 2)
     centred = centred.roll((-half, -half), (0, 1))
     H = torch.fft.rfft2(centred).real                       # the PSF is symmetric, so H is real
     spectrum = torch.fft.rfft2(mirrored) * H / (H * H + noise)
-    return torch.fft.irfft2(spectrum)[..., :S, :S] + mean
+    restored = torch.fft.irfft2(spectrum)
+    return restored[..., :S, :S] + mean

@@ -185,8 +185,7 @@ def edit_photo(structure, student, dev):
     if refocus:
         name, photo = 'refocus', load_photo(refocus, size).to(dev)
         shown = {'photo': photo}
-        blurred = photo.expand(per_class, -1, -1, -1)
-        images = editing.refocus(student, structure, blurred, radius, labels, **options)
+        images = editing.refocus(student, structure, photo, radius, labels, **options)
     else:
         name = 'outpaint' if outpaint else 'edit'
         if outpaint:

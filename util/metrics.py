@@ -73,8 +73,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    eigenvalues = torch.linalg.eigvalsh(root @ sigma2 @ root)
-    overlap = eigenvalues.clamp(min=0).sqrt().sum()
+    values = torch.linalg.eigvalsh(root @ sigma2 @ root)
+    overlap = values.clamp(min=0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()
     distance = shift + sigma1.trace() + sigma2.trace() - 2 * overlap
     return distance.clamp(min=0).item()
@@ -203,5 +203,7 @@ def cnn_statistics(cnn, images, labels=None):
         cnn.features(normalize(to_device(batch, device)))
         for batch in images.split(256)])
     predicted = cnn.head(features).argmax(1).cpu()
-    accuracy = None if labels is None else (predicted == labels).float().mean().item()
+    accuracy = None
+    if labels is not None:
+        accuracy = (predicted == labels).float().mean().item()
     return statistics(features.cpu()), accuracy

@@ -104,8 +104,8 @@ def to_picture(image):
 def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     """Images (N, 3, S, S) row by row in one PIL picture, each `side` pixels wide (default: S, at least 64).
 
-    They are resized without smoothing. row_names stand to the left of the rows, column_names (one or two lines
-    each) above the columns.
+    They are resized without smoothing. row_names stand to the left of the rows, column_names (one or two
+    lines each) above the columns.
     """
     S = images.shape[-1]
     side = side or math.ceil(64 / S) * S
