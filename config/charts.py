@@ -15,7 +15,7 @@ if script == 'train_tokenizer':
 if script == 'train_fvar':
     depth, embed_dim, num_heads = 4, 128, 4
     teacher_blocks, distill_warmup = 1, 1600
-    lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (README, ablations)
+    lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (RESULTS.md, ablations)
     steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: here the number of steps is what counts
     eval_every, save_every, eval_images = 600, 600, 300
 
