@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, configure
-from data import EndlessBatches, TokenDataset
+from data import TokenDataset, endless_keys
 from model import FVAR, Teacher, build_student, held_out_loss, load_student
 from tokenizer import load_tokenizers
 from util import runtime
@@ -79,8 +79,7 @@ MAY_CHANGE = (
 
 def training_batches(dataset, step):
     """Endless (structure tokens (b, L), alias tokens (b, La), labels (b,)) of this rank, from a step on."""
-    order = EndlessBatches(len(dataset), batch_size, seed, runtime.rank(), runtime.world_size(), step)
-    for keys in order:
+    for keys in endless_keys(len(dataset), batch_size, seed, step):
         yield dataset.batch(np.array([index for index, _ in keys]))
 
 

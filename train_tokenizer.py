@@ -341,7 +341,7 @@ def main():
     check_settings()
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     train = open_dataset(data, 'train', image_size, flip=flip)
-    held_out = open_dataset(data, 'val', image_size, augment=False)
+    held_out = open_dataset(data, 'val', image_size)
     validation, _ = next(in_order(held_out, eval_images, count=eval_images))
 
     # networks
@@ -369,7 +369,7 @@ def main():
         save(run, step, metrics, train.classes)
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', images_per_step=batch_size)
-    order = batches(train, batch_size, seed, runtime.rank(), runtime.world_size(), step, workers)
+    order = batches(train, batch_size, seed, step, workers)
     supply, saving = runtime.Waiting(order), runtime.Saving(save_every, save_seconds)
     flops = flops_per_image() if step < steps else 0
     speed = runtime.Speed(batch_size, flops, runtime.peak_flops(dev, run.autocast))

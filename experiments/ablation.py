@@ -333,7 +333,7 @@ def make_figures():
     """
     from matplotlib.figure import Figure                    # a development dependency
 
-    dataset = open_dataset(data, 'val', settings('train_tokenizer')['image_size'], augment=False)
+    dataset = open_dataset(data, 'val', settings('train_tokenizer')['image_size'])
     real, labels = load_images(dataset, 50 * len(dataset.classes))
     order = labels.argsort(stable=True)
     real, labels = normalize(real[order]), labels[order]

@@ -329,7 +329,7 @@ def measure_pyramid(images):
 def measure_tokenizer(structure, data_name):
     """Shift-equivariance and edges of reconstructions, printed; as a dictionary."""
     f = structure.image_size // structure.patch_nums[-1]
-    larger = open_dataset(data_name, 'val', structure.image_size + f, real_images, augment=False)
+    larger = open_dataset(data_name, 'val', structure.image_size + f, real_images)
     shifts = range(1, f + 1)
     moved, still = reconstruction_shift(structure, normalize(load_images(larger, real_images)[0]), shifts)
     print_table(f'reconstructions (PSNR {still:.2f} dB) against those of the shifted picture, dB; {still - 3.01:.2f} would be '
@@ -372,7 +372,7 @@ def main():
     data_name, side = data or stage1['config']['data'], structure.image_size if structure else image_size
     results = {'config': config, 'data': data_name, 'torch': torch.__version__}
 
-    views_of = open_dataset(data_name, 'val', image_size, pictures, augment=False)
+    views_of = open_dataset(data_name, 'val', image_size, pictures)
     images, _ = load_images(views_of, pictures)
     generated = read_samples(samples, side, views_of.classes)[0] if samples else None
     results['pyramid'] = measure_pyramid(normalize(images).mean(1, keepdim=True))
@@ -380,7 +380,7 @@ def main():
         results['tokenizer_digest'] = digest(structure.state_dict())
         results['tokenizer'] = measure_tokenizer(structure, data_name)
     if structure or samples:
-        real, labels = load_images(open_dataset(data_name, 'val', side, real_images, augment=False), real_images)
+        real, labels = load_images(open_dataset(data_name, 'val', side, real_images), real_images)
         sets = {}
         if structure:
             sets['reconstructed'] = reconstruct(structure, normalize(real))

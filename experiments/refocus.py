@@ -104,7 +104,7 @@ def main():
     autocast, _ = runtime.precision(dtype, dev)
     runtime.require_positive(config, 'images')
     structure, student, stage1, _ = load_deployed(out_dir, init_from, tokenizer, device=dev)
-    held_out = open_dataset(data or stage1['config']['data'], 'val', structure.image_size, augment=False)
+    held_out = open_dataset(data or stage1['config']['data'], 'val', structure.image_size)
     rows = refocus_metrics(student, structure, load_images(held_out, images, workers)[0], autocast)
     print_refocus(rows)
     write_json(os.path.join(out_dir, 'refocus.json'), {'config': config, 'student_digest': digest(student.state_dict()), 'refocus': rows})

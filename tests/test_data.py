@@ -13,8 +13,9 @@ from PIL import Image
 
 from configurator import UserError
 from data import (
-    EndlessBatches, ImageFolder, TokenDataset, batches, in_order, normalize, open_dataset, square_crop,
-    to_uint8)
+    ImageFolder, TokenDataset, batches, endless_keys, in_order, normalize, open_dataset, open_table, square_crop,
+    to_uint8, undone_batches)
+from util import runtime
 from util.charts import CHARTS, Charts
 
 
@@ -47,12 +48,11 @@ def test_charts_are_uint8_pictures_of_ten_classes_in_turn(charts):
                               'text', 'brick', 'concentric_rings', 'slanted_edge', 'blobs']
 
 
-def test_chart_depends_on_seed_split_and_index_only(charts):
+def test_chart_depends_on_split_and_index_only(charts):
     fewer = Charts('train', 32, 20)
     assert torch.equal(fewer.images, charts.images[:20])
     assert torch.equal(fewer[7, 123456][0], charts[7][0])
-    for other in (Charts('val', 32, 20), Charts('train', 32, 20, seed=1)):
-        assert (other.images != fewer.images).flatten(1).any(1).all()
+    assert (Charts('val', 32, 20).images != fewer.images).flatten(1).any(1).all()
 
 
 def test_no_two_charts_are_alike(charts):
@@ -97,17 +97,17 @@ def test_every_chart_fades_to_grey_instead_of_aliasing():
 
 
 def test_charts_refuse_what_makes_no_sense():
-    with pytest.raises(UserError, match='test'):
-        Charts('test', 32, 10)
-    with pytest.raises(UserError, match='count'):
-        Charts('train', 32, 0)
+    with pytest.raises(UserError, match='at least one chart'):
+        open_dataset('charts:0', 'train', 32)
+    with pytest.raises(UserError, match='image_size=0: must be at least 1'):
+        open_dataset('charts', 'train', 0)
 
 
 def test_open_dataset_knows_charts_and_folders(tmp_path):
     assert len(open_dataset('charts', 'val', 8, count=30)) == 30
     assert len(open_dataset('charts', 'val', 4)) == len(open_dataset('charts:70', 'val', 4)) == 1000
     assert len(open_dataset('charts:70', 'train', 4)) == 70
-    with pytest.raises(UserError, match="data='charts:many': write charts, or how many"):
+    with pytest.raises(UserError, match="data='charts:many': write charts, or charts:4000"):
         open_dataset('charts:many', 'train', 4)
     with pytest.raises(UserError, match='no such folder'):
         open_dataset(str(tmp_path / 'chart'), 'train', 8)
@@ -124,20 +124,27 @@ def first(iterable, n):
     return [item for item, _ in zip(iterable, range(n))]
 
 
+def of_rank(monkeypatch, rank, world_size):
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setenv('WORLD_SIZE', str(world_size))
+
+
 @pytest.mark.parametrize('world_size', [2, 3, 6])
-def test_ranks_share_the_batch_that_one_rank_would_see(world_size):
-    alone = first(EndlessBatches(50, 12, seed=3), 20)
-    shares = [first(EndlessBatches(50, 12, 3, rank, world_size), 20) for rank in range(world_size)]
+def test_ranks_share_the_batch_that_one_rank_would_see(world_size, monkeypatch):
+    alone, shares = first(endless_keys(50, 12, seed=3), 20), []
+    for rank in range(world_size):
+        of_rank(monkeypatch, rank, world_size)
+        shares.append(first(endless_keys(50, 12, seed=3), 20))
     assert [sum(parts, []) for parts in zip(*shares)] == alone
 
 
 def test_resuming_goes_on_where_it_stopped():
-    whole = first(EndlessBatches(50, 12, seed=3), 20)
-    assert first(EndlessBatches(50, 12, seed=3, start=7), 13) == whole[7:]
+    whole = first(endless_keys(50, 12, seed=3), 20)
+    assert first(endless_keys(50, 12, seed=3, start=7), 13) == whole[7:]
 
 
 def test_every_epoch_shows_everything_once_in_another_order():
-    keys = sum(first(EndlessBatches(30, 7, seed=0), 30), [])
+    keys = sum(first(endless_keys(30, 7, seed=0), 30), [])
     assert [position for _, position in keys] == list(range(210))
     epochs = [[index for index, _ in keys[start:start + 30]] for start in range(0, 210, 30)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
@@ -145,22 +152,23 @@ def test_every_epoch_shows_everything_once_in_another_order():
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    keys = first(EndlessBatches(3, 8, seed=0), 1)[0]
+    keys = first(endless_keys(3, 8, seed=0), 1)[0]
     assert sorted(index for index, _ in keys[:3]) == [0, 1, 2] and len(keys) == 8
 
 
 def test_order_depends_on_the_seed():
-    assert first(EndlessBatches(50, 50, seed=0), 1) != first(EndlessBatches(50, 50, seed=1), 1)
+    assert first(endless_keys(50, 50, seed=0), 1) != first(endless_keys(50, 50, seed=1), 1)
 
 
-def test_a_batch_that_ranks_can_not_share_is_refused():
-    with pytest.raises(UserError, match='batch_size=10 is not a multiple of 4 ranks'):
-        EndlessBatches(50, 10, seed=0, world_size=4)
+def test_the_order_is_the_same_on_every_machine():
+    keys = first(endless_keys(5, 4, seed=3), 2)
+    assert keys == [[(4, 0), (2, 1), (1, 2), (3, 3)], [(0, 4), (1, 5), (4, 6), (0, 7)]]
 
 
-def test_batches_of_charts_follow_the_sampler(charts):
-    images, labels = first(batches(charts, 8, seed=5, rank=1, world_size=2, start=3), 1)[0]
-    indices = [index for index, _ in EndlessBatches(300, 8, 5, rank=1, world_size=2, start=3).batch(3)]
+def test_batches_of_charts_follow_the_keys(charts, monkeypatch):
+    of_rank(monkeypatch, rank=1, world_size=2)
+    images, labels = first(batches(charts, 8, seed=5, start=3), 1)[0]
+    indices = [index for index, _ in first(endless_keys(300, 8, 5, start=3), 1)[0]]
     assert torch.equal(images, charts.images[indices]) and torch.equal(labels, charts.labels[indices])
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
 
@@ -192,7 +200,7 @@ def folder(tmp_path):
 
 
 def test_some_items_are_spread_over_all_classes(folder):
-    dataset = ImageFolder(folder, 'train', 8, augment=False)
+    dataset = ImageFolder(folder, 'train', 8)
     labels = torch.cat([labels for _, labels in in_order(dataset, 2, count=3)])
     assert labels.tolist() == [int(dataset.labels[i]) for i in (0, round((len(dataset) - 1) / 2), len(dataset) - 1)]
     assert labels[0] == 0 and labels[-1] == len(dataset.classes) - 1
@@ -233,8 +241,6 @@ def test_random_crop_depends_on_seed_and_position_only(folder):
     assert not torch.equal(dataset[2, 9][0], dataset[2, 10][0])
     assert not torch.equal(dataset[2, 9][0], ImageFolder(folder, 'train', 16, seed=1)[2, 9][0])
     assert not torch.equal(dataset[2, 9][0], dataset[2][0])
-    plain = ImageFolder(folder, 'train', 16, augment=False)
-    assert torch.equal(plain[2, 9][0], dataset[2][0])
 
 
 def test_flip_mirrors_half_of_the_crops_and_only_when_asked(folder):
@@ -376,7 +382,7 @@ def test_labels_of_val_are_those_of_train(folder):
 
 
 @pytest.mark.parametrize('break_it, message', [
-    (lambda root: (root / 'train').rename(root / 'training'), "has no split 'train'"),
+    (lambda root: (root / 'train').rename(root / 'training'), "/train': no such folder"),
     (lambda root: (root / 'train' / 'emu').mkdir(), "class 'emu' of .* has no pictures"),
     (lambda root: root.rename(root.with_name(root.name + ' moved')), 'no such folder'),
 ])
@@ -449,6 +455,45 @@ def test_a_folder_in_order(folder):
 
 
 # -----------------------------------------------------------------------------
+# files that fill row by row
+
+def table_of(tmp_path, **settings):
+    return open_table(tmp_path / 'new' / 'a.partial', {'seed': 0} | settings, 5, 3, np.uint16, 9)
+
+
+def test_a_table_keeps_what_was_written_and_knows_what_is_missing(tmp_path, monkeypatch):
+    table = table_of(tmp_path)
+    assert table.tolist() == 5 * [[0, 0, 9]] and undone_batches(table, 2, 9) == [range(2), range(2, 4), range(4, 5)]
+    table[2:4] = 1
+    table.flush()
+    again = table_of(tmp_path)
+    assert again[2:4].tolist() == 2 * [[1, 1, 1]] and undone_batches(again, 2, 9) == [range(2), range(4, 5)]
+    of_rank(monkeypatch, rank=1, world_size=2)
+    assert undone_batches(again, 2, 9) == [range(4, 5)]
+
+
+@pytest.mark.parametrize('spoil', [lambda path: os.truncate(path, 7), lambda path: path.unlink(),
+                                   lambda path: path.with_name('a.partial.json').write_text('[1')])
+def test_a_damaged_table_is_started_again(tmp_path, spoil):
+    table_of(tmp_path)[:] = 1
+    spoil(tmp_path / 'new' / 'a.partial')
+    assert table_of(tmp_path).tolist() == 5 * [[0, 0, 9]]
+
+
+def test_a_table_of_other_settings_is_started_again_and_that_is_said(tmp_path, capsys):
+    table_of(tmp_path)[:] = 1
+    assert table_of(tmp_path, seed=1).tolist() == 5 * [[0, 0, 9]]
+    assert 'a.partial has other settings or is damaged: starting again' in capsys.readouterr().out
+
+
+def test_a_table_larger_than_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(lambda: open_table(tmp_path / 'a.partial', {}, 10 ** 17, 3, np.uint16, 9))
+    assert stop.value.code == 1 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.startswith(f'error: disk full while writing {tmp_path}/a.partial: free some space')
+
+
+# -----------------------------------------------------------------------------
 # token files
 
 @pytest.fixture
@@ -483,13 +528,13 @@ def test_tokens_without_alias(tmp_path):
 
 
 def test_missing_tokens_say_what_to_run(tokens):
-    with pytest.raises(UserError, match='no token files val.bin .*run encode.py'):
+    with pytest.raises(UserError, match='no usable token files val.bin .*missing.*run encode.py'):
         TokenDataset(tokens[0], 'val')
 
 
 def test_truncated_tokens_are_noticed(tokens):
     os.truncate(tokens[0] / 'train.bin', 68)
-    with pytest.raises(UserError, match='68 bytes instead of 70'):
+    with pytest.raises(UserError, match='damaged or from different runs; run encode.py'):
         TokenDataset(tokens[0], 'train')
 
 
@@ -502,7 +547,7 @@ def test_tokens_of_another_tokenizer_are_noticed(tokens):
 @pytest.mark.parametrize('changes', [dict(columns=8), dict(rows=0), dict(patch_nums=None), dict(classes=None)])
 def test_a_description_that_does_not_fit_is_noticed(tokens, changes):
     write_meta(tokens[0], **changes)
-    with pytest.raises(UserError, match='run encode.py again'):
+    with pytest.raises(UserError, match='damaged or from different runs; run encode.py'):
         TokenDataset(tokens[0], 'train')
 
 

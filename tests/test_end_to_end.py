@@ -137,7 +137,7 @@ def test_the_deployed_file_holds_the_student_alone(demo):
 def test_a_row_of_tokens_is_what_the_tokenizers_make_of_that_crop(demo):
     structure, alias, _ = load_tokenizers(demo.out / 'tokenizer.pt')
     for split, first in (('train', 0), ('train', 40), ('val', 8)):
-        dataset = ImageFolder(demo.data, split, 32, augment=split == 'train')
+        dataset = ImageFolder(demo.data, split, 32)
         crops, labels = zip(*(dataset[(i, i) if split == 'train' else i] for i in range(first, first + 8)))
         images, noise = normalize(torch.stack(crops)), runtime.noise_of(range(first, first + 8), 'cpu', 0, split == 'train')
         wanted = [torch.cat(tokenizer.encode(images, noise), 1) for tokenizer in (structure, alias)]
@@ -151,6 +151,21 @@ def test_token_files_say_what_they_were_made_of(demo):
         meta = json.loads((demo.out / 'tokens' / f'{split}.json').read_text())
         assert (meta['rows'], meta['columns'], meta['classes']) == (rows, 130 + 66 + 1, CLASSES)
         assert meta['tokenizer'] == checkpoint.digest(structure.state_dict()) and meta['alias_tokenizer'] == checkpoint.digest(alias.state_dict())
+
+
+def test_seed_and_flip_reach_the_crops_and_the_description(demo, run, copy, monkeypatch):
+    seen = []
+    monkeypatch.setattr('data.ImageFolder', lambda *given: seen.append(given[1:]) or ImageFolder(*given))
+    saved = torch.load(copy / 'tokenizer.pt', weights_only=True)
+    for flip, seed in ((False, 1), (True, 0)):
+        saved['config']['flip'] = flip
+        torch.save(saved, copy / 'tokenizer.pt')
+        assert run('encode', copy, f'--seed={seed}')[0] == 0
+        meta = json.loads((copy / 'tokens' / 'train.json').read_text())
+        assert (meta['flip'], meta['seed']) == (flip, seed)
+        assert seen == [('train', 32, flip, seed), ('val', 32, flip, seed)]
+        assert contents(copy / 'tokens')['train.bin'] != contents(demo.out / 'tokens')['train.bin']
+        seen.clear()
 
 
 @pytest.fixture
@@ -215,7 +230,7 @@ def test_without_distillation_there_is_no_teacher_anywhere(run, copy):
 def test_a_student_needs_token_files(run, demo, tmp_path):
     shutil.copy(demo.out / 'tokenizer.pt', tmp_path)
     status, _, err = run('train_fvar', tmp_path, '--steps=2')
-    assert status == 2 and 'no token files train.bin and train.json' in err and 'run encode.py' in err
+    assert status == 2 and 'no usable token files train.bin and train.json' in err and 'run encode.py' in err
 
 
 # -----------------------------------------------------------------------------
@@ -405,7 +420,7 @@ BAD = {
     'device': ('sample', '--device=abacus', None, '--device=abacus: '),
     'no tokenizer': ('encode', '', missing('tokenizer.pt'), 'tokenizer.pt: no such checkpoint; run train_tokenizer.py first'),
     'no student': ('sample', '', missing('student.pt'), 'student.pt: no such checkpoint; run train_fvar.py first'),
-    'nothing to resume': ('train_fvar', '--init_from=resume', missing('fvar_state.pt'), 'fvar_state.pt: no such checkpoint; train_fvar.py'),
+    'nothing to resume': ('train_fvar', '--init_from=resume', missing('fvar_state.pt'), 'fvar_state.pt: no such checkpoint; run train_fvar.py first'),
     'nothing to start from': ('train_fvar', '--init_from=elsewhere.pt', None,
                               '--init_from=elsewhere.pt: no such file; choose scratch, resume, auto, a student.pt'),
     'unknown start': ('train_tokenizer', '--init_from=student.pt', None,
@@ -421,14 +436,14 @@ BAD = {
     'student of another config': ('sample', '', changed('student.pt', config={'depth': 3}), 'student.pt does not fit this model: '),
     'student of another tokenizer': ('sample', '', another_tokenizer, 'student.pt was trained on the tokens of another tokenizer'),
     'tokens of another tokenizer': ('train_fvar', '', another_tokenizer, 'tokens: these tokens come from another tokenizer'),
-    'truncated tokens': ('train_fvar', '', truncated('tokens/train.bin'), "train.bin' has 1000 bytes instead of 18912"),
-    'no token file': ('train_fvar', '', missing('tokens/val.bin'), 'no token files val.bin and val.json'),
+    'truncated tokens': ('train_fvar', '', truncated('tokens/train.bin'), 'damaged or from different runs'),
+    'no token file': ('train_fvar', '', missing('tokens/val.bin'), 'no usable token files val.bin and val.json'),
     'resumed at another size': ('train_tokenizer', '--init_from=resume --image_size=16 --patch_nums=1,2,4', None,
                                 'tokenizer_state.pt was made with image_size=32, but this run has 16'),
     'image size that does not fit': ('train_tokenizer', '--image_size=48', None, 'image_size=48 does not fit patch_nums ending in 8'),
     'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
     'batch that does not divide': ('train_fvar', '--batch_size=7 --grad_accum_steps=2', None, 'batch_size=7 must be a multiple of'),
-    'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere': no such folder; data is 'charts' or a folder with train/<class>/"),
+    'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere/train': no such folder; data must be 'charts' or a folder with train/<class>/"),
     'no such class': ('sample', '--classes=4', None, '--class and --classes: 4 is no class; this student knows 0 to 3'),
     'photo without a mask': ('sample', '--edit=brick', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
     'mask without a photo': ('sample', '--mask=1,1,9,9', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
@@ -454,7 +469,7 @@ BAD = {
     'noise without an end': ('train_tokenizer', '--noise=0.1', None, 'noise=(0.1,)'),
     'no steps': ('train_fvar', '--steps=0', None, 'steps=0'),
     'never to validate': ('train_fvar', '--eval_every=0', None, 'eval_every=0'),
-    'no crops': ('encode', '--crops=0', None, '--crops=0'),
+    'no crops': ('encode', '--crops=0', None, 'crops=0: must be at least 1'),
     'teacher that does not fit': ('train_fvar', '--teacher_blocks=3', None, 'teacher_blocks=3'),
     'file as folder': ('train_tokenizer', '--out_dir={out}/student.pt', None, 'student.pt: File exists'),
     'file as folder of samples': ('sample', '--init_from={out}/student.pt --out_dir={out}/results.json', None,
@@ -487,8 +502,8 @@ def test_bad_input_is_one_line_on_a_real_command_line_too(demo, copy, case):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (lambda data: shutil.rmtree(data / 'val'), "has no split 'val'"),
-    (lambda data: shutil.rmtree(data / 'train'), "has no split 'train'"),
+    (lambda data: shutil.rmtree(data / 'val'), "/val': no such folder"),
+    (lambda data: shutil.rmtree(data / 'train'), "/train': no such folder"),
     (lambda data: [file.unlink() for file in (data / 'train' / 'zone_plate').iterdir()], 'zone_plate'),
     (lambda data: [file.write_bytes(b'') for file in data.rglob('*.png')], 'none of the 20 pictures can be read'),
 ], ids=['no val', 'no train', 'an empty class', 'nothing readable'])

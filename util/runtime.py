@@ -358,7 +358,8 @@ class SafeStep:
             bad = [name for name, bad in self.culprits.items() if all_reduce(bad.int()).item()]
             raise FloatingPointError(
                 f'{in_a_row} steps in a row had a non-finite loss or gradient, first in '
-                f'{", ".join(bad) or "a gradient"}; lower --lr, or use --dtype=float32. The checkpoint is intact')
+                f'{", ".join(bad) or "a gradient"}; the checkpoint is intact: '
+                f'lower --lr, or use --dtype=float32')
         return self.skipped.item()
 
 
