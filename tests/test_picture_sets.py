@@ -51,6 +51,8 @@ def test_npz_gives_the_images_and_labels_if_it_has_them(tmp_path):
     ({'images': np.zeros((9, 16, 16, 3), np.uint8)}, 'no arr_0'),
     ({'arr_0': np.zeros((9, 16, 16, 3))}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 3, 16, 16), np.uint8)}, 'must be uint8'),
+    ({'arr_0': np.zeros((9, 16, 16, 3, 3), np.uint8)}, 'must be uint8'),
+    ({'arr_0': np.zeros((), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((0, 16, 16, 3), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, but the tokenizer.s images are 16 × 16'),
     ({'arr_0': np.array([{}])}, 'cannot be read'),                          # a pickle, which could run code
@@ -83,8 +85,8 @@ def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
     ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be mean .2048,. and covariance .2048, 2048.'),
     ({'sigma': np.zeros(0)}, 'must be mean'),
     ({'mu': np.zeros(2048, np.int64)}, 'are int64'),
-    ({'mu': np.full(2048, np.nan)}, 'not finite, or not symmetric'),
-    ({'sigma': np.eye(2048, k=1)}, 'not finite, or not symmetric'),
+    ({'mu': np.full(2048, np.nan)}, 'finite and symmetric'),
+    ({'sigma': np.eye(2048, k=1)}, 'finite and symmetric'),
     ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, '32 × 32 px'),
 ])
 def test_statistics_of_something_else_are_named(tmp_path, arrays, message):

@@ -71,11 +71,12 @@ def read_reference(path, image_size):
     if arrays.keys() <= {'arr_0'}:
         return images, None
     mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or mu.dtype.kind + sigma.dtype.kind != 'ff':
-        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of '
-                        f'Inception features, but are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}')
-    if not (np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4)):
-        raise UserError(f'{path}: mu and sigma are damaged: not finite, or not symmetric')
+    valid = (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind + sigma.dtype.kind == 'ff'
+             and np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4))
+    if not valid:
+        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception '
+                        f'features, finite and symmetric, but are {mu.dtype} {mu.shape} and {sigma.dtype} '
+                        f'{sigma.shape}')
     return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
@@ -111,7 +112,7 @@ def to_images(path, array, image_size):
     """An array (N, S, S, 3) uint8 as (N, 3, S, S). Raises UserError for something else. path: its file."""
     if array is None:
         raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
+    if array.dtype != np.uint8 or array.shape[3:] != (3,) or not len(array):
         raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), rounded values from 0 to 255, but is '
                         f'{array.dtype} {array.shape}')
     height, width = array.shape[1:3]

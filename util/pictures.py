@@ -17,9 +17,9 @@ from util.checkpoint import atomic_write
 # photos and masks
 
 def open_photo(path, image_size):
-    """A file, or an embedded chart by its name, as a PIL RGB image of at least image_size, or its full size.
+    """Opens a file, or an embedded chart by its name, as a PIL RGB image. Raises UserError if it cannot.
 
-    Raises UserError if the file cannot be read.
+    image_size: of the chart. A JPEG may be decoded at a fraction of its size, but not below twice image_size.
     """
     if path in Charts.classes:
         charts = Charts('val', image_size, len(Charts.classes))
@@ -113,19 +113,19 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     font = ImageFont.load_default(14)
     left = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
     top = max((24 + 16 * name.count('\n') for name in column_names), default=0)
-    width = left + columns * pitch - 2
-    height = top + math.ceil(len(images) / columns) * pitch - 2
-    canvas = Image.new('RGB', (width, height), 'white')
+    corners = [
+        (left + i % columns * pitch, top + i // columns * pitch)
+        for i in range(len(images))]
+    size = left + columns * pitch - 2, corners[-1][1] + side
+    canvas = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        cell = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
-        canvas.paste(cell, (left + column * pitch, top + row * pitch))
-    for row, name in enumerate(row_names):
-        middle = top + row * pitch + side // 2
-        draw.text((6, middle - 9), name, 'black', font)
-    for column, name in enumerate(column_names):
-        draw.text((left + column * pitch + 4, 2), name, 'black', font)
+    for image, corner in zip(images, corners):
+        cell = to_picture(image)
+        canvas.paste(cell.resize((side, side), Image.Resampling.NEAREST), corner)
+    for name, (_, y) in zip(row_names, corners[::columns]):
+        draw.text((6, y + side // 2 - 9), name, 'black', font)
+    for name, (x, _) in zip(column_names, corners):
+        draw.text((x + 4, 2), name, 'black', font)
     return canvas
 
 
