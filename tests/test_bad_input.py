@@ -340,7 +340,7 @@ BAD = {
     'unknown schedule': ('train_tokenizer', '--focus_schedule=linear', None, "focus_schedule='linear'"),
     'unknown writer': ('train_fvar', '--log_to=excel', None, '--log_to=excel: choose tensorboard or wandb'),
     # output
-    'no output folder': ('train_tokenizer', '--out_dir=', None, '--out_dir=: name a folder'),
+    'no output folder': ('train_tokenizer', '--out_dir=', None, '--out_dir=: give a folder'),
     'output that can not be made': ('train_tokenizer', '--out_dir=/proc/fvar', None, '/proc/fvar: No such file or directory'),
     'file as output folder': ('train_fvar', '--out_dir=/dev/null', None, 'no such checkpoint'),
     'name too long': ('train_tokenizer', f'--out_dir={"x" * 300}', None, 'File name too long'),
