@@ -120,39 +120,42 @@ def config_values(file, script):
     return read_config_file(HERE / file, script, DEFAULTS[script])
 
 
-def settings(script, row='', seed=0):
-    """The settings of a script that differ from its defaults, without files. row='': what all rows share."""
-    defaults = DEFAULTS[script]
-    values = dict(config_values(base, script))
-    if row in TABLE_3:
-        values |= config_values(f'config/ablation/{row}.py', script)
-    name, _, text = row.partition('=')
-    if name in defaults:
-        values[name] = parse_value(name, text, defaults[name])
-    budget = {
+def settings(row='', seed=0):
+    """{script: its settings that differ from its defaults}, without files. row='': what all rows share."""
+    changes = {
         'train_tokenizer': {
             'data': data,
             'steps': tokenizer_steps,
             'warm_start': tokenizer_steps // 3,
             'vocab_size': vocab_size,
         },
+        'encode': {},
         'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3},
         'evaluate': {'cnn_steps': cnn_steps},
     }
-    values |= budget.get(script, {}) | {'seed': seed}
-    files = ('out_dir', 'tokenizer')
-    return {name: value for name, value in values.items() if name not in files and value != defaults[name]}
+    name, _, text = row.partition('=')
+    for script, defaults in DEFAULTS.items():
+        values = config_values(base, script) | changes[script] | {'seed': seed}
+        if row in TABLE_3:
+            values |= config_values(f'config/ablation/{row}.py', script)
+        if name in defaults:
+            values[name] = parse_value(name, text, defaults[name])
+        changes[script] = {
+            name: value
+            for name, value in values.items()
+            if name not in ('out_dir', 'tokenizer') and value != defaults[name]
+        }
+    return changes
 
 
 def short_hash(*values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def folders(row, seed):
-    """(folder of the tokenizers and token files, folder of the student)."""
-    stage1 = short_hash(settings('train_tokenizer', row, seed), settings('encode', row, seed))
-    stage1 = f'{out_dir}/tokenizer-{stage1}'
-    return stage1, f'{stage1}/student-{short_hash(settings("train_fvar", row, seed))}'
+def folders(of):
+    """(folder of the tokenizers and token files, folder of the student) for some settings."""
+    stage1 = f'{out_dir}/tokenizer-{short_hash(of["train_tokenizer"], of["encode"])}'
+    return stage1, f'{stage1}/student-{short_hash(of["train_fvar"])}'
 
 
 def run(script, folder, values):
@@ -181,37 +184,35 @@ def run(script, folder, values):
         marker.touch()
 
 
-def evaluate_row(row, seed):
-    """Runs the unfinished stages of a row and returns its metrics. FD is FD-cnn, bits are per image."""
-    stage1, student = folders(row, seed)
+def evaluate_row(of):
+    """Runs the unfinished stages of some settings; returns the metrics. FD is FD-cnn, bits are per image."""
+    stage1, student = folders(of)
     tokenizer = {'tokenizer': f'{stage1}/tokenizer.pt'}
     resume = {'init_from': 'auto'}
-    run('train_tokenizer', stage1, settings('train_tokenizer', row, seed) | resume)
-    run('encode', stage1, settings('encode', row, seed))
-    run('train_fvar', student, settings('train_fvar', row, seed) | tokenizer | resume)
+    run('train_tokenizer', stage1, of['train_tokenizer'] | resume)
+    run('encode', stage1, of['encode'])
+    run('train_fvar', student, of['train_fvar'] | tokenizer | resume)
     files = tokenizer | {'init_from': f'{student}/student.pt', 'cnn_file': f'{out_dir}/cnn.pt'}
-    found = []
-    for sampling in ({}, *SAMPLINGS):
-        values = settings('evaluate', row, seed) | sampling
+    fd_sampled = []
+    for sampling in (*SAMPLINGS, {}):                       # last with all parts
+        values = of['evaluate'] | sampling
         folder = f'{student}/evaluation-{short_hash(values)}'
         run('evaluate', folder, values | files)
-        found.append(read_json(f'{folder}/results.json'))
-
-    rows = [{row['set']: row for row in each['distances'] if row['against'] == 'reference'} for each in found]
+        found = read_json(f'{folder}/results.json')
+        sets = {line['set']: line for line in found['distances'] if line['against'] == 'reference'}
+        fd = sets['generated']['fd_cnn']
+        fd_sampled.append((found['config']['cfg'], found['config']['top_p'], round(fd, 4)))
     metrics = {
-        'psnr': found[0]['tokenizer']['psnr'],
-        'ssim': found[0]['tokenizer']['ssim'],
-        'floor': rows[0]['real']['fd_cnn'],
-        'rfd': rows[0]['reconstructed']['fd_cnn'],
-        'fd': rows[0]['generated']['fd_cnn'],
-        'recognised': rows[0]['generated']['recognised'],
-        'bits': found[0]['student']['bits_per_image'],
+        'psnr': found['tokenizer']['psnr'],
+        'ssim': found['tokenizer']['ssim'],
+        'floor': sets['real']['fd_cnn'],
+        'rfd': sets['reconstructed']['fd_cnn'],
+        'fd': fd,
+        'recognised': sets['generated']['recognised'],
+        'bits': found['student']['bits_per_image'],
     }
-    samplings = [(each['config']['cfg'], each['config']['top_p']) for each in found]
-    return {name: round(value, 4) for name, value in metrics.items()} | {
-        'fd_sampled': [(*how, round(row['generated']['fd_cnn'], 4)) for how, row in zip(samplings, rows)],
-        'torch': found[0]['versions']['torch'],
-    }
+    metrics = {name: round(value, 4) for name, value in metrics.items()}
+    return metrics | {'fd_sampled': fd_sampled, 'torch': torch.__version__}
 
 
 def work():
@@ -222,7 +223,7 @@ def work():
     for row in wanted:
         if row not in known_rows:
             raise UserError(f'--rows={rows}: no row {row!r}; choose from {", ".join(known_rows)}')
-    common = json.loads(json.dumps({script: settings(script) for script in DEFAULTS}))
+    common = json.loads(json.dumps(settings()))             # with lists for tuples
     saved = read_json(results) or {'settings': common, 'runs': []}
     if saved['settings'] != common:
         raise UserError(f'{results} was made with other settings: choose another --results')
@@ -231,7 +232,8 @@ def work():
 
     pool = ThreadPoolExecutor(processes)
     jobs = [(row, seed) for row in wanted for seed in range(seeds)]
-    futures = [pool.submit(evaluate_row, *job) for job in jobs]
+    # settings() parses Python, which Python 3.11 cannot do in several threads
+    futures = [pool.submit(evaluate_row, settings(row, seed)) for row, seed in jobs]
     unfinished = 0
     try:
         for (row, seed), future in zip(jobs, futures):
@@ -333,21 +335,22 @@ def make_figures():
     """
     from matplotlib.figure import Figure                    # a development dependency
 
-    dataset = open_dataset(data, 'val', settings('train_tokenizer')['image_size'])
+    common = settings()
+    dataset = open_dataset(data, 'val', common['train_tokenizer']['image_size'])
     real, labels = load_images(dataset, 50 * len(dataset.classes))
-    order = labels.argsort(stable=True)
-    real, labels = normalize(real[order]), labels[order]
+    labels, order = labels.sort(stable=True)
+    real = normalize(real[order])
     first = torch.searchsorted(labels, torch.arange(len(dataset.classes)))      # per class
     columns = {'real': real[first]}
     figure = Figure(figsize=(15, 4), layout='constrained')
     axes = losses, errors, spectra = figure.subplots(1, 3)
+    how = DEFAULTS['evaluate'] | common['evaluate']
     frequencies = [(ring + 0.5) / 16 for ring in range(8)]
     for name, row in (('VAR', 'var'), ('FVAR', 'full')):
-        stage1, folder = folders(row, 0)
+        stage1, folder = folders(settings(row))
         structure, student, *_ = load_deployed(folder, tokenizer=f'{stage1}/tokenizer.pt')
         decoded = structure.decode(structure.encode(real))
         columns[f'{name}\ndecoded'] = decoded[first]
-        how = DEFAULTS['evaluate'] | settings('evaluate', row)
         generators = sample_generators(0, range(len(labels)))
         samples = student.generate(structure, labels, how['cfg'], how['top_k'], how['top_p'], generators)[1]
         columns |= {f'{name}\nsample {i + 1}': samples[first + i] for i in range(4)}

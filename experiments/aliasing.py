@@ -1,98 +1,115 @@
-"""Aliasing measured: what folds into the views of the pyramid, and what a tokenizer and a generator make of pictures.
+"""Measures aliasing in the views of the pyramid, in a tokenizer's reconstructions, and in samples.
 
-    python -m experiments.aliasing                                          # the pyramid at 256 px, on held-out charts and on noise
-    python -m experiments.aliasing --tokenizer=out/tokenizer.pt             # and what that tokenizer reconstructs
-    python -m experiments.aliasing --tokenizer=out/tokenizer.pt --samples=samples.npz   # and samples (.npz, or a folder of PNGs)
+    python -m experiments.aliasing                                      # the pyramid at 256 px
+    python -m experiments.aliasing --tokenizer=out/tokenizer.pt         # and that tokenizer's reconstructions
+    python -m experiments.aliasing --tokenizer=out/tokenizer.pt --samples=samples.npz       # and samples
 
-folding    alias: share of a view's energy that came from above its Nyquist frequency; kept: energy below it, relative to
-           an ideal low-pass. Only the two together mean something: blurring all away removes aliasing too.
-shift      move the picture by whole pixels and the view should move along: how far the error lies below the view
-zone plate contrast of a chirp in the view, below Nyquist (wanted) and from there to twice that (all of it is alias)
-edge       MTF from a slanted edge (ISO 12233): where it falls to one half, and its mean beyond Nyquist. An MTF50 above
-           Nyquist is no gain: it is sharpness that the view can not hold
-spectrum   signed distance of the radial power spectrum from that of real pictures, beside a real-vs-real floor; `its error`
-           is the spectrum of reconstruction minus picture against the same
+folding     alias: fraction of a view's energy that comes from above its Nyquist frequency. kept: energy below
+            it, relative to an ideal low-pass. Read both: blurring everything away removes aliasing too.
+shift       when the picture moves by whole pixels, the view should move with it: energy of the error in dB
+            below the energy of the view, for shifts by less than a step.
+zone plate  contrast of a chirp in the view, below Nyquist (wanted) and from there to twice Nyquist (alias).
+edge        MTF from a slanted edge (ISO 12233): the frequency where it falls to one half, and its mean beyond
+            Nyquist. An MTF50 beyond Nyquist is no gain: the view cannot hold that sharpness.
+spectrum    radial power spectrum relative to real pictures, in dB per ring, beside that of one half of these
+            relative to the other. "its error" is the spectrum of reconstruction − picture.
 
-The views are the pyramid's own (pyramid.defocus_decimate) without the noise of Eq. 3, at the settings below; those of a
-tokenizer's own pyramid take its image_size, patch_nums and max_radius. Prints a table for each measure; writes
-out_dir/aliasing.json and aliasing.png, a zone plate that plain downsampling folds and a blur does not.
+The views come from pyramid.defocus_decimate without the noise of Eq. 3, with the settings below. Prints one
+table per measure; writes aliasing.json, and aliasing.png with a zone plate as the views show it.
 """
 import math
-import os
+from collections import defaultdict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from util import runtime
-from util.checkpoint import digest, write_json
 from configurator import UserError, configure
 from data import normalize, open_dataset
+from pyramid import defocus_decimate, focus_radii, psf, view_sizes
+from tokenizer import load_tokenizers
+from util import runtime
+from util.checkpoint import digest, write_json
 from util.metrics import psnr
 from util.picture_sets import load_images, read_samples
 from util.pictures import picture_grid, save_png
-from pyramid import defocus_decimate, focus_radii, psf, view_sizes
-from tokenizer import load_tokenizers
 
 # input and output
-out_dir = 'out'                                 # where aliasing.json and aliasing.png go
-data = ''                                       # 'charts' or a folder (default: what the tokenizer was trained on, else charts)
-tokenizer = ''                                  # tokenizer.pt whose reconstructions are measured
-samples = ''                                    # generated pictures: a folder of PNGs or .npz, as large as the tokenizer's
+out_dir = 'out'                                 # folder for aliasing.json and aliasing.png
+data = ''                                       # 'charts' or a folder (default: that of the tokenizer)
+tokenizer = ''                                  # tokenizer.pt to measure
+samples = ''                                    # samples to measure: a folder of PNGs or an .npz
 # pyramid
-image_size = 256                                # side of the pictures the views are made of, in pixels
-patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each token map; view k is p_k·(image_size / p_K) pixels wide
+image_size = 256                                # side of the pictures behind the views, in pixels
+patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # token map sides p_k; views are p_k·image_size/p_K wide
 max_radius = 12.0                               # ρ_max in pixels of a 256-pixel image
-pictures = 10                                   # held-out pictures whose views are measured
+pictures = 10                                   # number of held-out pictures behind the views
 # reconstructions and samples
-real_images = 400                               # held-out pictures that are reconstructed and compared with
+real_images = 400                               # number of held-out pictures to reconstruct and compare with
 # system
-batch_size = 50                                 # pictures a tokenizer takes at a time
-device = 'auto'                                 # auto | cpu | cuda, of the tokenizer
-seed = 0                                        # of the noise
+batch_size = 50                                 # pictures per forward pass of the tokenizer
+device = 'auto'                                 # auto | cpu | cuda, for the tokenizer
 config = configure(globals())
 
-# (kernel, focus schedule) by their names in the tables; 'ideal' is the low-pass that Eq. 7 assumes, for reference
-FILTERS = {'disk matched': ('disk', 'matched'), 'disk states': ('disk', 'states'), 'disk cosine': ('disk', 'cosine'),
-           'Gaussian': ('gaussian', 'matched'), 'none': ('none', 'matched'), 'ideal': ('ideal', 'matched')}
-FREQUENCIES = torch.linspace(0, 1, 201, dtype=torch.float64)       # of an MTF, in cycles a pixel: twice Nyquist
-EXACT = 200.0                                   # dB; float64 errors lie below
+# {name in the tables: (kernel, focus schedule)}; 'ideal' is the low-pass that Eq. 7 assumes
+FILTERS = {
+    'disk matched': ('disk', 'matched'),
+    'disk states': ('disk', 'states'),
+    'disk cosine': ('disk', 'cosine'),
+    'Gaussian': ('gaussian', 'matched'),
+    'none': ('none', 'matched'),
+    'ideal': ('ideal', 'matched'),
+}
+# {title: (format, metrics of measure_view)}
+TABLES = {
+    'folding: alias / kept': ('.1%', 'alias', 'kept'),
+    'shift: dB of the error below the view': ('.1f', 'shift'),
+    'zone plate: contrast below Nyquist / beyond': ('.2f', 'zone_wanted', 'zone_alias'),
+    'slanted edge: MTF50 in cycles per pixel (1.00: never) / mean response beyond Nyquist':
+        ('.2f', 'mtf50', 'mtf_beyond'),
+}
+FREQUENCIES = torch.linspace(0, 1, 201, dtype=torch.float64)    # of an MTF, in cycles per pixel
+EXACT = 200.0                                   # dB; errors of float64 arithmetic are below that
+BINS = 8                                        # bins per pixel of an edge profile
 
 
 # -----------------------------------------------------------------------------
-# views of a picture that goes on periodically, so that borders neither fold nor move
+# views of a periodic picture, whose borders neither fold nor move
 
 def band_limit(images, size, where):
-    """Reads images (B, C, S, S) at positions where (n,) of both axes, in pixels, through the ideal low-pass of `size` samples.
+    """Reads images (B, C, S, S) at pixel positions where (n,) along both axes, through an ideal low-pass.
 
-    (B, C, n, n). What is kept lies strictly below Nyquist, size/2 cycles a side; at size = S that is everything.
+    Returns (B, C, n, n). Only frequencies below size/2 cycles per side remain; all of them at size = S.
     """
     side = images.shape[-1]
-    f = torch.arange(size // 2 + 1, dtype=torch.float64)
-    weight = torch.full_like(f, 2 / side)
-    weight[0] = 1 / side
-    if size % 2 == 0:
-        weight[-1] = 1 / side if size == side else 0
-    at, pixel = (2 * math.pi / side * torch.outer(t.double(), f) for t in (where, torch.arange(side)))
-    matrix = ((weight * at.cos()) @ pixel.cos().T + (weight * at.sin()) @ pixel.sin().T).to(images)
+    offset = (where.double()[:, None] - torch.arange(side)) / side
+    offset = offset - offset.round()
+    frequencies = size - 1 + size % 2                       # strictly below Nyquist, of both signs
+    matrix = frequencies * torch.sinc(frequencies * offset) / torch.sinc(offset)
+    if frequencies < size == side:
+        matrix = matrix + torch.cos(math.pi * side * offset)            # Nyquist itself
+    matrix = (matrix / side).to(images)
     return matrix @ images @ matrix.T
 
 
-def places(side, size):
+def sample_positions(side, size):
     """Where decimate() reads its `size` samples, in pixels of the full-size image."""
     step = side / size
-    return torch.arange(size, dtype=torch.float64) * step + (0 if side % size == 0 else (step - 1) / 2)
+    start = 0 if side % size == 0 else (step - 1) / 2
+    return torch.arange(size, dtype=torch.float64) * step + start
 
 
 def view(images, radius, size, kernel):
-    """The pyramid's view (B, C, size, size) of a picture that goes on periodically. kernel: also 'ideal'."""
+    """The pyramid's view (B, C, size, size) of a periodic picture. kernel may also be 'ideal'."""
     side = images.shape[-1]
     if kernel == 'ideal':
-        return band_limit(images, size, places(side, size))
-    period = side // math.gcd(side, size)                   # pixels after which the grid of the view repeats
-    margin = period * math.ceil((psf(radius, kernel).shape[-1] // 2 + 2) / period)      # + 2 for bicubic decimation
-    cut = margin * size // side                             # the margin in pixels of the view
-    at = torch.arange(-margin, side + margin) % side
-    return defocus_decimate(images[..., at[:, None], at], radius, size + 2 * cut, kernel)[..., cut:cut + size, cut:cut + size]
+        return band_limit(images, size, sample_positions(side, size))
+    period = side // math.gcd(side, size)                   # pixels after which the view's grid repeats
+    margin = psf(radius, kernel).shape[-1] // 2 + 2         # 2 for bicubic decimation
+    margin = period * math.ceil(margin / period)
+    border = margin * size // side                          # the margin in pixels of the view
+    wrapped = F.pad(images, [margin] * 4, mode='circular')
+    return defocus_decimate(wrapped, radius, size + 2 * border, kernel)[..., border:-border, border:-border]
 
 
 def energy(x):
@@ -100,195 +117,229 @@ def energy(x):
 
 
 def decibels(signal, error):
-    """10·log10 of signal energy over error energy, EXACT at most."""
+    """10·log10 of signal energy over error energy, at most EXACT."""
     return min(EXACT, 10 * math.log10(energy(signal) / max(energy(error), 1e-30)))
 
 
 # -----------------------------------------------------------------------------
-# the measures of a view
+# measures of a view
 
 def folding(images, radius, size, kernel):
-    """(alias, kept) of the views of images (B, C, S, S) of mean zero: shares of energy in [0, 1].
+    """(alias, kept) in [0, 1] for the views of images (B, C, S, S) with mean zero; see the top of the file.
 
-    A picture is what an ideal low-pass at the view's Nyquist leaves and the rest, and views are linear: the view of the rest
-    is the alias. At fractional steps errors of bicubic interpolation below Nyquist count as kept; shift_error sees them.
+    Views are linear: the view of what the ideal low-pass at the view's Nyquist removes is the alias. At
+    fractional steps, interpolation errors below Nyquist count as kept; shift_error sees them.
     """
     side = images.shape[-1]
     low = band_limit(images, size, torch.arange(side))
-    wanted, alias = (energy(view(part, radius, size, kernel)) for part in (low, images - low))
-    return alias / (wanted + alias), wanted / energy(band_limit(images, size, places(side, size)))
+    wanted = energy(view(low, radius, size, kernel))
+    alias = energy(view(images - low, radius, size, kernel))
+    return alias / (wanted + alias), wanted / energy(view(images, radius, size, 'ideal'))
 
 
 def shift_error(images, radius, size, kernel, shifts):
-    """How far the view of the shifted picture is from the shifted view: decibels below the view, over all shifts.
+    """Difference between the view of the shifted picture and the shifted view, in dB below the view.
 
-    shifts in pixels of the full-size image, right and down at once; the view moves by shift·size/S of its own pixels.
+    shifts: in pixels of the full-size image, right and down at once; the error is the mean over all of them.
     """
-    still, errors = view(images, radius, size, kernel), []
+    still = view(images, radius, size, kernel)
+    errors = []
     for shift in shifts:
         moved = view(images.roll((shift, shift), (-1, -2)), radius, size, kernel)
-        errors.append(moved - band_limit(still, size, torch.arange(size) - shift * size / images.shape[-1]))
+        expected = band_limit(still, size, torch.arange(size) - shift * size / images.shape[-1])
+        errors.append(moved - expected)
     return decibels(still, torch.stack(errors))
 
 
 def zone_plate(side, top):
-    """A chirp in quadrature (2, 1, side, side) in [−1, 1]: its frequency is 0 in the centre, `top` cycles a pixel half a side off.
+    """A chirp (2, 1, side, side) in [−1, 1], as cosine and sine, which give the contrast at each pixel.
 
-    Frequencies grow as the distance, with x across and y down. Cosine and sine, so that the contrast is known at each pixel.
+    Its frequency grows linearly from 0 in the centre to `top` cycles per pixel half a side away.
     """
     t = torch.arange(side, dtype=torch.float64) - side / 2
     phase = 2 * math.pi * top / side * (t[:, None] ** 2 + t ** 2)
     return torch.stack([phase.cos(), phase.sin()])[:, None]
 
 
-def zone_contrast(radius, side, size, kernel):
-    """(wanted, alias): mean contrast of a zone plate's view below Nyquist, and from there to twice that. 1 is the plate's own.
+def zone_contrast(side, radius, size, kernel):
+    """(wanted, alias): mean contrast of a zone plate's view below Nyquist, and from there to twice Nyquist.
 
-    The plate reaches twice the view's Nyquist, at most its own; alias is None where that leaves nothing to fold. Left out is
-    a tenth on either side of Nyquist, where a chirp has no one frequency. The picture is repeated to 128 pixels a view at
-    least, so that the chirp is slow.
+    1 is the contrast of the plate itself. alias is None if the picture holds no frequency beyond Nyquist.
+    A tenth on either side of Nyquist is left out, because a chirp has no single frequency. The plate is
+    enlarged until its view has 128 pixels, so that the chirp is slow.
     """
     times = math.ceil(128 / size)
     side, size = times * side, times * size
-    nyquist = size / side / 2                               # cycles a pixel of the full-size image
+    nyquist = size / side / 2                               # cycles per pixel of the full-size image
     top = min(2 * nyquist, 0.5)
     contrast = view(zone_plate(side, top), radius, size, kernel).square().sum(0)[0].sqrt()
-    t = (places(side, size) - side / 2).abs() * 2 * top / side          # frequency along an axis
-    along = torch.maximum(t[:, None], t)
-    inside = torch.hypot(t[:, None], t) < 0.9 * top                     # off the border, where plates meet
-    below, above = inside & (along < 0.9 * nyquist), inside & (along > 1.1 * nyquist)
-    return contrast[below].mean().item(), contrast[above].mean().item() if above.any() else None
+    across = (sample_positions(side, size) - side / 2).abs() * 2 * top / side       # frequency
+    down = across[:, None]
+    larger = torch.maximum(down, across)
+    inside = torch.hypot(down, across) < 0.9 * top          # away from the border, where plates meet
+    wanted = contrast[inside & (larger < 0.9 * nyquist)]
+    alias = contrast[inside & (larger > 1.1 * nyquist)]
+    return wanted.mean().item(), alias.mean().item() if len(alias) else None
+
+
+def measure_view(images, radius, size, kernel):
+    """All metrics of one view of images (B, 1, S, S) with mean zero."""
+    side, how = images.shape[-1], (radius, size, kernel)
+    shifts = range(1, math.ceil(side / size))               # by less than a step
+    alias, kept = folding(images, *how)
+    wanted, beyond = zone_contrast(side, *how)
+    mtf50, mtf_beyond = edge_metrics(view_mtf(side, *how))
+    return {
+        'step': side / size,
+        'radius': radius,
+        'alias': alias,
+        'kept': kept,
+        'shift': shift_error(images, *how, shifts) if shifts else None,
+        'zone_wanted': wanted,
+        'zone_alias': beyond,
+        'mtf50': mtf50,
+        'mtf_beyond': mtf_beyond,
+    }
 
 
 # -----------------------------------------------------------------------------
-# a slanted edge
+# slanted edge
 
-def slanted_edge(side, offsets, slope=0.0875):
-    """(images (B, 1, side, side) in [−1, 1], distance as a function): an edge near the middle, one pixel soft: its MTF is sinc(f).
+def edge_distance(where, middle, offsets, slope=0.0875):
+    """Signed distance (B, 1, n, n) of positions where (n,) from slanted edges, in pixels.
 
-    offsets (B,) from the middle, in pixels. distance(where) is that of positions (n,) from the edge: (B, 1, n, n), in pixels.
+    offsets (B,) shift the edges away from the middle of the picture, which is the position `middle`.
     """
-    def distance(where):
-        t = where - side / 2
-        return ((t + slope * t[:, None]) - offsets[:, None, None].double())[:, None] / math.hypot(1, slope)
-
-    return (2 * distance(torch.arange(side))).clamp(-1, 1), distance
+    t = where - middle
+    line = t + slope * t[:, None]
+    return (line - offsets[:, None, None].double())[:, None] / math.hypot(1, slope)
 
 
-def edge_mtf(values, distance, half):
-    """MTF at FREQUENCIES from pixels of any shape and their distance from an edge in the same pixels, up to ±half.
+def slanted_edges(side, offsets):
+    """Pictures (B, 1, side, side) in [−1, 1] of edges one pixel soft, whose MTF is sinc(f)."""
+    return (2 * edge_distance(torch.arange(side), side / 2, offsets)).clamp(-1, 1)
 
-    Bins of an eighth of a pixel make the edge profile, its differences the line's, and a Fourier transform the MTF. Aliasing
-    does not hide here: pixels at all phases sample the edge more finely than the view does.
+
+def edge_mtf(values, distance, size):
+    """MTF at FREQUENCIES from the values of pixels and their distance from an edge, both of any one shape.
+
+    The mean value in bins of 1/BINS pixel is the edge profile, its derivative the line spread, and the MTF
+    the Fourier transform of that. Aliasing cannot hide here: many edges sample the profile more finely than a
+    picture of `size` pixels does.
     """
-    bins = 8
-    index = ((distance + half) * bins).floor().long()
-    inside = (index >= 0) & (index < 2 * half * bins)
-    count = torch.bincount(index[inside], minlength=2 * half * bins)
-    profile, t = (torch.bincount(index[inside], x[inside].double(), minlength=2 * half * bins) / count for x in (values, distance))
-    line, t = profile.diff(), (t[1:] + t[:-1]) / 2          # pixels need not lie evenly in their bins
-    line = line * (0.5 + 0.5 * torch.cos(math.pi * (2 * t.abs() / half - 1).clamp(0, 1)))     # the outer half fades
-    angle = 2 * math.pi * torch.outer(FREQUENCIES, t)
-    mtf = torch.hypot((line * angle.cos()).sum(1), (line * angle.sin()).sum(1)) / line.sum().abs().clamp(min=1e-6)
-    return mtf / torch.sinc(FREQUENCIES / bins) ** 2        # of the bins and of the differences
+    half = max(1, min(8, size // 4))                        # pixels on either side of the edge
+    values, distance = values.double().flatten(), distance.flatten()
+
+    def binned(weight):
+        return torch.histogram(distance, 2 * half * BINS, range=(-half, half), weight=weight).hist
+
+    count = binned(torch.ones_like(distance))
+    line = (binned(values) / count).diff()
+    t = binned(distance) / count                            # pixels need not lie evenly in their bins
+    t = (t[1:] + t[:-1]) / 2
+    window = 0.5 + 0.5 * torch.cos(math.pi * (2 * t.abs() / half - 1).clamp(0, 1))  # fades
+    line = line * window
+    phase = torch.exp(2j * math.pi * torch.outer(FREQUENCIES, t))
+    mtf = (phase * line).sum(1).abs() / line.sum().abs().clamp(min=1e-6)
+    return mtf / torch.sinc(FREQUENCIES / BINS) ** 2        # undoes the bins and the differences
 
 
-def mtf50(mtf):
-    """The first frequency at which an MTF is one half, in cycles a pixel; 1 where it never falls so far, 0 without an edge."""
-    below = (mtf < 0.5).nonzero()
-    i = below[0].item() if len(below) else len(mtf)
-    if i in (0, len(mtf)):
-        return float(i > 0)
-    return (FREQUENCIES[i - 1] + (mtf[i - 1] - 0.5) / (mtf[i - 1] - mtf[i]) * FREQUENCIES[1]).item()
+def edge_metrics(mtf):
+    """(MTF50 in cycles per pixel, mean response from Nyquist to twice Nyquist).
+
+    MTF50 is the first frequency where the MTF is one half: 1 if it never falls that low, 0 without an edge.
+    """
+    i = int((mtf < 0.5).double().argmax())
+    around = [i, max(0, i - 1)]
+    mtf50 = float(np.interp(0.5, mtf[around], FREQUENCIES[around])) if mtf.min() < 0.5 else 1.0
+    return mtf50, mtf[FREQUENCIES > 0.5].mean().item()
 
 
-def edge_figures(mtf):
-    """(MTF50 in cycles a pixel, mean response from Nyquist to twice that)."""
-    return mtf50(mtf), mtf[FREQUENCIES > 0.5].mean().item()
-
-
-def view_mtf(radius, side, size, kernel):
-    """MTF of a view, in cycles a pixel of the view, from edges at sixteen places within a pixel of it."""
-    step = side / size
-    edges, distance = slanted_edge(side, torch.arange(16) * step / 16)
+def view_mtf(side, radius, size, kernel):
+    """MTF of a view in cycles per pixel of the view, from edges at 16 positions within one of its pixels."""
+    offsets = torch.arange(16) * side / size / 16
+    values = view(slanted_edges(side, offsets), radius, size, kernel)
+    distance = edge_distance(sample_positions(side, size), side / 2, offsets) * size / side
     middle = slice(size // 4, size - size // 4)             # the edge breaks where top and bottom meet
-    views, where = view(edges, radius, size, kernel), distance(places(side, size)) / step
-    return edge_mtf(views[..., middle, :], where[..., middle, :], half=max(1, min(8, size // 4)))
+    return edge_mtf(values[..., middle, :], distance[..., middle, :], size)
 
 
 # -----------------------------------------------------------------------------
 # spectra
 
 def fade(images):
-    """Pictures of mean zero, faded out towards the border (Hann): the edge where they meet their repetition is not theirs."""
+    """Pictures of mean zero under a Hann window, without the edge where a picture meets its repetition."""
     t = (torch.arange(images.shape[-1], dtype=torch.float64) + 0.5) / images.shape[-1]
     window = torch.sin(math.pi * t) ** 2
-    window = window[:, None] * window
-    images = window * (images - images.mean((-1, -2), keepdim=True))
-    return images - images.mean((-1, -2), keepdim=True)
+    faded = window[:, None] * window * (images - images.mean((-1, -2), keepdim=True))
+    return faded - faded.mean((-1, -2), keepdim=True)
 
 
-def radial_power(images, bands=8):
-    """Power (bands,) of images (B, C, S, S) without their means, under a Hann window, in rings up to 0.5 cycles a pixel.
+def radial_power(images):
+    """Power (8,) of images (B, C, S, S) in rings of 1/16 cycle per pixel, faded and without their means.
 
-    Ring b holds the frequencies from b/(2·bands) on; the constant is left out. White noise has the same in all
-    but the first, which loses a little with the mean.
+    White noise has equal power in all rings but the first, which loses a little with the mean.
     """
     spectrum = torch.fft.fft2(fade(images.double())).abs().square().mean((0, 1))
     f = torch.fft.fftfreq(images.shape[-1], dtype=torch.float64)
     radius = torch.hypot(f[:, None], f)
-    ring = (radius * 2 * bands).floor().long()
-    return torch.stack([spectrum[(ring == b) & (radius > 0)].mean() for b in range(bands)]).clamp(min=1e-12)
+    ring = (radius * 16).floor()
+    power = [spectrum[(ring == b) & (radius > 0)].mean() for b in range(8)]
+    return torch.stack(power).clamp(min=1e-12)
 
 
 def spectrum_distance(images, real):
-    """10·log10 of the power of images over that of real ones, for each ring: positive is too much. (bands,)"""
+    """10·log10 of the power of images over that of real ones per ring (8,): positive is too much."""
     return 10 * torch.log10(radial_power(images) / radial_power(real))
 
 
 # -----------------------------------------------------------------------------
-# reconstructions and samples
+# reconstructions
 
 @torch.no_grad()
 def reconstruct(structure, images):
-    """What a tokenizer makes of images (B, 3, S, S), S as large as its own, on the CPU."""
+    """Encodes and decodes images (B, 3, S, S) of the tokenizer's size; returns them on the CPU."""
     dev = structure.quantizer.codebook.weight.device
-    return torch.cat([structure.decode(structure.encode(part.float().to(dev))).float().cpu() for part in images.split(batch_size)])
+    decoded = [structure.decode(structure.encode(part.float().to(dev))) for part in images.split(batch_size)]
+    return torch.cat(decoded).float().cpu()
 
 
 def reconstruction_shift(structure, images, shifts):
-    """PSNR (dB) between reconstructions of two crops that lie `shift` pixels apart, where they overlap, for each shift.
+    """(PSNR per shift between reconstructions of crops that many pixels apart, PSNR of reconstructions).
 
-    images (B, 3, S + max(shifts), …) are larger than the tokenizer's. Also the PSNR of the reconstructions themselves:
-    errors that have nothing to do with each other make the former 3 dB lower, errors that move along make it infinite.
+    images (B, 3, S + max(shifts), …). Crops are compared where they overlap. Errors that are independent of
+    each other make the first 3 dB lower than the second; errors that move with the picture make it infinite.
     """
     S = structure.image_size
     still = reconstruct(structure, images[..., :S, :S])
-    moved = ((t, reconstruct(structure, images[..., t:t + S, t:t + S])) for t in shifts)
-    same = [min(EXACT, psnr(still[..., t:, t:], there[..., :S - t, :S - t])) for t, there in moved]
-    return same, psnr(still, images[..., :S, :S])
+    agreement = []
+    for t in shifts:
+        moved = reconstruct(structure, images[..., t:t + S, t:t + S])
+        agreement.append(min(EXACT, psnr(still[..., t:, t:], moved[..., :S - t, :S - t])))
+    return agreement, psnr(still, images[..., :S, :S])
 
 
-def reconstruction_mtf(structure, count=64):
-    """(MTF of a picture of an edge, of its reconstruction) in cycles a pixel: of the mean edge, so that edges which come out
-    at the wrong place count as blur."""
+def reconstruction_mtf(structure):
+    """(MTF of pictures of an edge, MTF of their reconstructions) in cycles per pixel.
+
+    Both are of the mean edge, so edges in the wrong place count as blur.
+    """
     side = structure.image_size
-    edges, distance = slanted_edge(side, (torch.arange(count) / count - 0.5) * 2 * side / structure.patch_nums[-1])
-    edges = 0.8 * edges.expand(-1, 3, -1, -1)
-    where = distance(torch.arange(side)).expand_as(edges)
-    return [edge_mtf(images, where, half=max(1, min(8, side // 4))) for images in (edges, reconstruct(structure, edges))]
+    offsets = (torch.arange(64) / 32 - 1) * side / structure.patch_nums[-1]
+    edges = 0.8 * slanted_edges(side, offsets).expand(-1, 3, -1, -1)
+    distance = edge_distance(torch.arange(side), side / 2, offsets).expand_as(edges)
+    return [edge_mtf(images, distance, side) for images in (edges, reconstruct(structure, edges))]
 
 
 # -----------------------------------------------------------------------------
 # the run
 
-def print_table(title, head, columns, names):
-    """columns: {name: a text for each of names}."""
-    width = max(8, *(len(text) + 2 for name, texts in columns.items() for text in [name, *texts]))
-    left = max(map(len, [head, *names]))
-    runtime.say(f'\n{title}\n{head:{left}}' + ''.join(f'{name:>{width}}' for name in columns))
-    for row, name in enumerate(names):
-        runtime.say(f'{name:{left}}' + ''.join(f'{texts[row]:>{width}}' for texts in columns.values()))
+def filtered_views():
+    """Yields (filter, (radius, size, kernel)) for every view of every filter."""
+    sizes = view_sizes(patch_nums, image_size)
+    for name, (kernel, schedule) in FILTERS.items():
+        for radius, size in zip(focus_radii(patch_nums, image_size, max_radius, schedule), sizes):
+            yield name, (radius, size, kernel)
 
 
 def show(number, form):
@@ -296,100 +347,86 @@ def show(number, form):
 
 
 def measure_pyramid(images):
-    """Every measure of every filter and scale, printed; as a dictionary. images (B, C, S, S) in [−1, 1]."""
-    sizes = view_sizes(patch_nums, image_size)
-    noise = torch.randn(4, 1, image_size, image_size, generator=runtime.generator(seed), dtype=torch.float64)
-    faded, noise, results = fade(images.double()), noise - noise.mean((-1, -2), keepdim=True), {}
-    for name, (kernel, schedule) in FILTERS.items():
-        results[name] = rows = []
-        radii = focus_radii(patch_nums, image_size, max_radius, schedule)
-        for size, radius in zip(sizes, radii):
-            step, period = image_size / size, image_size // math.gcd(image_size, size)
-            row = {'step': step, 'radius': radius if kernel in ('disk', 'gaussian') else 0.0}
-            row['alias'], row['kept'] = folding(faded, radius, size, kernel)
-            row['alias_noise'], row['kept_noise'] = folding(noise, radius, size, kernel)
-            row['shift_on_grid'] = shift_error(faded, radius, size, kernel, [period])
-            row['shift_off_grid'] = shift_error(faded, radius, size, kernel, range(1, math.ceil(step))) if step > 1 else None
-            row['zone_wanted'], row['zone_alias'] = zone_contrast(radius, image_size, size, kernel)
-            row['mtf50'], row['mtf_beyond'] = edge_figures(view_mtf(radius, image_size, size, kernel))
-            rows.append(row)
-
-    names = [f'{k:2} {step:5.3g}' for k, step in enumerate((image_size / size for size in sizes), start=1)]
-    for title, first, second, form in (
-            ('folding, pictures: alias / kept', 'alias', 'kept', '.1%'),
-            ('folding, white noise: alias / kept', 'alias_noise', 'kept_noise', '.1%'),
-            ('shift by a multiple of s / by less, dB: error below the view', 'shift_on_grid', 'shift_off_grid', '.1f'),
-            ('zone plate: contrast below Nyquist / beyond it', 'zone_wanted', 'zone_alias', '.2f'),
-            ('slanted edge: MTF50 in cycles a view pixel, 1.00 is never / mean response beyond Nyquist', 'mtf50', 'mtf_beyond', '.2f')):
-        columns = {name: [f'{show(row[first], form)} / {show(row[second], form)}' for row in rows] for name, rows in results.items()}
-        print_table(title, ' k     s', columns, names)
+    """Prints and returns {filter: metrics per view} for images (B, 1, S, S)."""
+    results, images = defaultdict(list), fade(images.double())
+    for name, how in filtered_views():
+        results[name].append(measure_view(images, *how))
+    for title, (form, *metrics) in TABLES.items():
+        runtime.say(f'\n{title}\n     s' + ''.join(f'{name:>16}' for name in results))
+        for views in zip(*results.values()):
+            cells = [' / '.join(show(row[metric], form) for metric in metrics) for row in views]
+            runtime.say(f'{views[0]["step"]:6.3g}' + ''.join(f'{cell:>16}' for cell in cells))
     return results
 
 
 def measure_tokenizer(structure, data_name):
-    """Shift-equivariance and edges of reconstructions, printed; as a dictionary."""
-    f = structure.image_size // structure.patch_nums[-1]
-    larger = open_dataset(data_name, 'val', structure.image_size + f, real_images)
-    shifts = range(1, f + 1)
-    moved, still = reconstruction_shift(structure, normalize(load_images(larger, real_images)[0]), shifts)
-    print_table(f'reconstructions (PSNR {still:.2f} dB) against those of the shifted picture, dB; {still - 3.01:.2f} would be '
-                'errors that have nothing in common', 'pixels', {'dB': [show(value, '.2f') for value in moved]}, list(map(str, shifts)))
-    edges = {name: edge_figures(mtf) for name, mtf in zip(('picture', 'reconstruction'), reconstruction_mtf(structure))}
-    columns = {'MTF50': [f'{a:.3f}' for a, _ in edges.values()], 'beyond Nyquist': [f'{b:.3f}' for _, b in edges.values()]}
-    print_table('slanted edge, cycles a pixel', '', columns, list(edges))
-    return {'psnr': still, 'shift_psnr': dict(zip(shifts, moved)), 'edge': edges}
+    """Prints and returns the shift equivariance and edge response of reconstructions."""
+    shifts = range(1, structure.image_size // structure.patch_nums[-1] + 1)
+    larger = open_dataset(data_name, 'val', structure.image_size + max(shifts), real_images)
+    images, _ = load_images(larger, real_images)
+    agreement, still = reconstruction_shift(structure, normalize(images), shifts)
+    edge = dict(zip(('picture', 'reconstruction'), map(edge_metrics, reconstruction_mtf(structure))))
+    runtime.say(
+        f'\nreconstructions: PSNR {still:.2f} dB. Against those of the picture shifted by 1, 2, … pixels '
+        f'(independent errors give {still - 3.01:.2f} dB):\n'
+        + ' '.join(show(value, '.2f') for value in agreement)
+    )
+    for name, (mtf50, beyond) in edge.items():
+        runtime.say(f'slanted edge, {name}: MTF50 {mtf50:.3f} cycles per pixel, beyond Nyquist {beyond:.3f}')
+    return {'psnr': still, 'shift_psnr': dict(zip(shifts, agreement)), 'edge': edge}
 
 
 def measure_spectra(sets, real, labels):
-    """Spectrum distances of {name: images} from real pictures, and of two halves of those, printed; as a dictionary."""
-    order = labels.argsort(stable=True)                     # every class in both halves
+    """Prints and returns the spectrum distance from real pictures of {name: images}, and of half of these."""
+    order = labels.argsort(stable=True)                     # puts every class in both halves
     distances = {name: spectrum_distance(images, real).tolist() for name, images in sets.items()}
     distances['real, half/half'] = spectrum_distance(real[order[::2]], real[order[1::2]]).tolist()
-    rings = [f'{b / 16:.3f} – {(b + 1) / 16:.3f}' for b in range(8)]
-    print_table(f'radial power against {len(real)} real pictures, dB', 'cycles a pixel',
-                {name: [f'{value:+.2f}' for value in values] for name, values in distances.items()}, rings)
+    runtime.say(f'\nradial power relative to {len(real)} real pictures, dB in rings of 1/16 cycle per pixel')
+    for name, values in distances.items():
+        runtime.say(f'{name:15}' + ''.join(f'{value:+7.2f}' for value in values))
     return distances
 
 
-def draw():
-    """A zone plate up to the Nyquist frequency of the picture, as some views hold it: a PIL picture."""
-    plate = zone_plate(image_size, 0.5)[:1]
-    radii = focus_radii(patch_nums, image_size, max_radius, 'matched')
-    sizes = view_sizes(patch_nums, image_size)
-    chosen = [k for k, p in enumerate(patch_nums) if patch_nums[-1] % p == 0][-4:]
-    cells = [view(plate, radii[k], sizes[k], kernel) for kernel in ('none', 'disk', 'gaussian', 'ideal') for k in chosen]
-    cells = torch.cat([F.interpolate(cell, (256, 256), mode='nearest') for cell in cells]).expand(-1, 3, -1, -1)
-    return picture_grid(cells, len(chosen), ('plain', 'disk', 'Gaussian', 'ideal'),
-                        [f's={patch_nums[-1] / patch_nums[k]:.3g}  blur {radii[k]:.3g} px' for k in chosen], side=256)
+def draw_zone_plate():
+    """A zone plate up to its Nyquist frequency as views with an integer step show it, one row per filter."""
+    plate, cells = zone_plate(image_size, 0.5)[:1], []
+    for _, (radius, size, kernel) in filtered_views():
+        if image_size % size == 0:
+            cells.append(F.interpolate(view(plate, radius, size, kernel), (256, 256)))
+    return picture_grid(torch.cat(cells).expand(-1, 3, -1, -1), len(cells) // len(FILTERS), list(FILTERS))
 
 
 def main():
     runtime.require_positive(config, 'image_size', 'pictures', 'batch_size')
-    if not patch_nums or list(patch_nums) != sorted(set(patch_nums)) or patch_nums[0] < 1 or real_images < 2:
-        raise UserError(f'patch_nums={patch_nums} must grow from a number ≥ 1, and real_images={real_images} be at least 2')
-    dev = runtime.start(device, seed)
-    structure, _, stage1 = load_tokenizers(tokenizer, dev) if tokenizer else (None, None, {'config': {'data': 'charts'}})
-    data_name, side = data or stage1['config']['data'], structure.image_size if structure else image_size
-    results = {'config': config, 'data': data_name, 'torch': torch.__version__}
+    if not patch_nums or patch_nums[0] < 1 or list(patch_nums) != sorted(set(patch_nums)) or real_images < 2:
+        raise UserError(f'patch_nums={patch_nums} must grow from at least 1, and real_images={real_images} '
+                        'must be at least 2')
+    dev = runtime.start(device)
+    structure, data_name, side = None, data or 'charts', image_size
+    if tokenizer:
+        structure, _, stage1 = load_tokenizers(tokenizer, dev)
+        data_name, side = data or stage1['config']['data'], structure.image_size
+    held_out = open_dataset(data_name, 'val', image_size, pictures)
+    sets = {}
+    if samples:
+        sets['generated'] = normalize(read_samples(samples, side, held_out.classes)[0])
 
-    views_of = open_dataset(data_name, 'val', image_size, pictures)
-    images, _ = load_images(views_of, pictures)
-    generated = read_samples(samples, side, views_of.classes)[0] if samples else None
+    images, _ = load_images(held_out, pictures)
+    results = {'config': config, 'data': data_name}
     results['pyramid'] = measure_pyramid(normalize(images).mean(1, keepdim=True))
     if structure:
         results['tokenizer_digest'] = digest(structure.state_dict())
         results['tokenizer'] = measure_tokenizer(structure, data_name)
     if structure or samples:
-        real, labels = load_images(open_dataset(data_name, 'val', side, real_images), real_images)
-        sets = {}
+        same_size = open_dataset(data_name, 'val', side, real_images)
+        real, labels = load_images(same_size, real_images)
+        real = normalize(real)
         if structure:
-            sets['reconstructed'] = reconstruct(structure, normalize(real))
-            sets['its error'] = sets['reconstructed'] - normalize(real)
-        if samples:
-            sets['generated'] = normalize(generated)
-        results['spectrum'] = measure_spectra(sets, normalize(real), labels)
-    write_json(os.path.join(out_dir, 'aliasing.json'), results)
-    save_png(os.path.join(out_dir, 'aliasing.png'), draw())
+            sets['reconstructed'] = reconstruct(structure, real)
+            sets['its error'] = sets['reconstructed'] - real
+        results['spectrum'] = measure_spectra(sets, real, labels)
+    write_json(f'{out_dir}/aliasing.json', results)
+    save_png(f'{out_dir}/aliasing.png', draw_zone_plate())
     runtime.say(f'wrote {out_dir}/aliasing.json and aliasing.png')
 
 

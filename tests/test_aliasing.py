@@ -11,15 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import aliasing
-from util import checkpoint
-from experiments.aliasing import (EXACT, FREQUENCIES, band_limit, decibels, edge_figures, edge_mtf, fade, folding, mtf50, places, radial_power, reconstruction_shift, spectrum_distance,
-                      shift_error, slanted_edge, view, view_mtf, zone_contrast, zone_plate)
 from configurator import HERE, UserError
+from experiments import aliasing
+from experiments.aliasing import (
+    EXACT, FREQUENCIES, band_limit, decibels, edge_distance, edge_metrics, edge_mtf, fade, folding,
+    radial_power, reconstruction_shift, sample_positions, shift_error, slanted_edges, spectrum_distance, view,
+    view_mtf, zone_contrast, zone_plate,
+)
 from pyramid import build_pyramid
 from tokenizer import build_tokenizers
+from util import checkpoint
 
 SIDE = 128
+EDGES = torch.arange(8) / 8
 
 
 def wave(*cycles, side=SIDE, amplitudes=None):
@@ -30,7 +34,8 @@ def wave(*cycles, side=SIDE, amplitudes=None):
 
 
 def white(count, side, channels=1, seed=0):
-    noise = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, channels, side, side, generator=generator, dtype=torch.float64)
     return noise - noise.mean((-1, -2), keepdim=True)
 
 
@@ -81,9 +86,9 @@ def test_a_view_is_the_pyramids_but_for_the_border(kernel, size):
 
 
 @pytest.mark.parametrize('size', [32, 48])
-def test_places_are_where_the_pyramid_reads(size):
+def test_sample_positions_are_where_the_pyramid_reads(size):
     """Below Nyquist plain decimation reads the wave itself (bicubic interpolation nearly)."""
-    truth = torch.cos(2 * math.pi * 2 * places(SIDE, size) / SIDE + 2)
+    truth = torch.cos(2 * math.pi * 2 * sample_positions(SIDE, size) / SIDE + 2)
     assert (view(wave(2), 0.0, size, 'none')[0, 0, 0] - truth).abs().max() < 0.01
     assert (view(wave(2), 0.0, size, 'ideal')[0, 0, 0] - truth).abs().max() < 1e-9
 
@@ -93,7 +98,7 @@ def test_places_are_where_the_pyramid_reads(size):
 def test_a_view_has_no_border(kernel, size):
     noise = white(1, SIDE)
     period = SIDE // math.gcd(SIDE, size)
-    assert shift_error(noise, 20.0, size, kernel, [5 * period]) == EXACT    # noise has most to show at a border
+    assert shift_error(noise, 20.0, size, kernel, [5 * period]) == EXACT   # noise would show a border most
 
 
 def test_a_faded_picture_is_flat_at_the_border_and_has_no_mean():
@@ -126,7 +131,8 @@ def test_the_share_of_alias_is_that_of_the_energies_above_and_below():
 @pytest.mark.parametrize('size', [64, 32, 16])
 def test_without_blur_white_noise_folds_by_the_count_of_its_frequencies(size):
     alias, kept = folding(white(32, SIDE), 0.0, size, 'none')
-    assert alias == pytest.approx(1 - ((size - 1) ** 2 - 1) / (SIDE ** 2 - 1), rel=0.02) and kept == pytest.approx(1)
+    below = ((size - 1) ** 2 - 1) / (SIDE ** 2 - 1)
+    assert alias == pytest.approx(1 - below, rel=0.02) and kept == pytest.approx(1)
 
 
 def test_a_disk_keeps_what_its_transfer_function_says():
@@ -160,14 +166,19 @@ def test_a_shift_by_whole_steps_is_exact_whatever_folds():
     noise = white(2, SIDE)
     for size, shift in ((32, 4), (32, 8), (48, 8)):                         # 3 pixels of a view of 48
         assert shift_error(noise, 2.0, size, 'disk', [shift]) == EXACT
-    assert max(shift_error(noise, 2.0, size, 'disk', [shift]) for size, shift in ((32, 1), (32, 2), (48, 1), (48, 4))) < 20
+    for size, shift in ((32, 1), (32, 2), (48, 1), (48, 4)):
+        assert shift_error(noise, 2.0, size, 'disk', [shift]) < 20
 
 
 def test_an_alias_moves_the_wrong_way():
-    """A wave that folds once moves by one more turn every s pixels: |1 − exp(2πi·t/s)|² = 4·sin²(πt/s) of its energy is wrong."""
+    """A wave that folds once moves by one more turn every s pixels.
+
+    |1 − exp(2πi·t/s)|² = 4·sin²(πt/s) of its energy is then wrong.
+    """
     for shift in (1, 2, 3):
         wrong = 4 * math.sin(math.pi * shift / 4) ** 2
-        assert shift_error(wave(20), 0.0, 32, 'none', [shift]) == pytest.approx(-10 * math.log10(wrong), abs=1e-6)
+        error = shift_error(wave(20), 0.0, 32, 'none', [shift])
+        assert error == pytest.approx(-10 * math.log10(wrong), abs=1e-6)
 
 
 def test_decibels():
@@ -180,80 +191,85 @@ def test_decibels():
 
 def test_a_zone_plate_oscillates_at_the_frequency_of_its_place():
     plate = torch.complex(*zone_plate(256, 0.25))[0, 128]
-    turn = (plate[1:] * plate[:-1].conj()).angle()[128:255] / (2 * math.pi)             # cycles a pixel, to the right of the centre
+    turns = (plate[1:] * plate[:-1].conj()).angle() / (2 * math.pi)     # cycles per pixel
+    turn = turns[128:255]                                   # to the right of the centre
     assert (turn - 0.25 * (torch.arange(127) + 0.5) / 128).abs().max() < 1e-9
 
 
 def test_plain_sampling_shows_all_of_a_zone_plate_and_the_ideal_low_pass_only_what_belongs():
-    assert zone_contrast(0.0, 128, 32, 'none') == pytest.approx((1, 1), abs=1e-6)
-    wanted, alias = zone_contrast(0.0, 128, 32, 'ideal')
+    assert zone_contrast(128, 0.0, 32, 'none') == pytest.approx((1, 1), abs=1e-6)
+    wanted, alias = zone_contrast(128, 0.0, 32, 'ideal')
     assert wanted == pytest.approx(1, abs=0.05) and alias < 0.15
-    assert zone_contrast(0.0, 128, 128, 'none') == (pytest.approx(1), None)
+    assert zone_contrast(128, 0.0, 128, 'none') == (pytest.approx(1), None)
 
 
-@pytest.mark.parametrize('kernel, transfer', [('disk', lambda f: disk_mtf(f, 3.0).abs()), ('gaussian', lambda f: gaussian_mtf(f, 1.5))])
+@pytest.mark.parametrize('kernel, transfer', [
+    ('disk', lambda f: disk_mtf(f, 3.0).abs()),
+    ('gaussian', lambda f: gaussian_mtf(f, 1.5)),
+])
 def test_blur_takes_its_transfer_functions_share_of_the_contrast(kernel, transfer):
-    t = torch.linspace(-0.25, 0.25, 501, dtype=torch.float64)               # at s = 4 Nyquist is 1/8 cycle a pixel
+    t = torch.linspace(-0.25, 0.25, 501, dtype=torch.float64)   # at s = 4 Nyquist is 1/8 cycle per pixel
     f, along = torch.hypot(t[:, None], t), torch.maximum(t[:, None].abs(), t.abs())
-    wanted, alias = (transfer(f[mask & (f < 0.225)]).mean().item() for mask in (along < 0.1125, along > 0.1375))
-    assert zone_contrast(3.0, 128, 32, kernel) == pytest.approx((wanted, alias), abs=0.02)
+    inside = f < 0.225
+    wanted = transfer(f[inside & (along < 0.1125)]).mean().item()
+    alias = transfer(f[inside & (along > 0.1375)]).mean().item()
+    assert zone_contrast(128, 3.0, 32, kernel) == pytest.approx((wanted, alias), abs=0.02)
 
 
 # -----------------------------------------------------------------------------
 # slanted edge
 
 def test_a_gaussian_edge_has_the_gaussian_mtf():
-    _, distance = slanted_edge(64, torch.arange(8) / 8)
-    where = distance(torch.arange(64))
+    where = edge_distance(torch.arange(64), 32, EDGES)
     for sigma in (0.4, 0.8, 1.5):
-        mtf = edge_mtf(torch.erf(where / sigma / math.sqrt(2)), where, half=8)
+        mtf = edge_mtf(torch.erf(where / sigma / math.sqrt(2)), where, 64)
         assert (mtf - gaussian_mtf(FREQUENCIES, sigma)).abs().max() < 0.002
-        assert mtf50(mtf) == pytest.approx(math.sqrt(math.log(2) / 2) / math.pi / sigma, rel=0.005)
+        assert edge_metrics(mtf)[0] == pytest.approx(math.sqrt(math.log(2) / 2) / math.pi / sigma, rel=0.005)
 
 
 def test_the_distance_from_an_edge_is_in_pixels_across_it():
-    edges, distance = slanted_edge(64, torch.tensor([0.0, 2.5]), slope=0.5)
-    d = distance(torch.arange(64, dtype=torch.float64))
+    offsets = torch.tensor([0.0, 2.5])
+    d = edge_distance(torch.arange(64, dtype=torch.float64), 32, offsets, slope=0.5)
     across, down = d[:, 0, 0, 1] - d[:, 0, 0, 0], d[:, 0, 1, 0] - d[:, 0, 0, 0]
-    assert torch.hypot(across, down).tolist() == pytest.approx([1, 1]) and (down / across).tolist() == pytest.approx([0.5, 0.5])
+    assert torch.hypot(across, down).tolist() == pytest.approx([1, 1])
+    assert (down / across).tolist() == pytest.approx([0.5, 0.5])
     assert d[0, 0, 32, 32] == 0 and d[1, 0, 32, 32] == pytest.approx(-2.5 / math.hypot(1, 0.5))
+    edges, d = slanted_edges(64, offsets), edge_distance(torch.arange(64), 32, offsets)
     assert torch.equal(edges.sign(), d.sign()) and ((edges.abs() < 1) == (d.abs() < 0.5)).all()
 
 
 def test_contrast_brightness_and_direction_do_not_matter():
-    edges, distance = slanted_edge(64, torch.arange(8) / 8)
-    where = distance(torch.arange(64))
-    assert torch.allclose(edge_mtf(edges, where, 8), edge_mtf(0.3 - 0.2 * edges, where, 8))
+    edges, where = slanted_edges(64, EDGES), edge_distance(torch.arange(64), 32, EDGES)
+    assert torch.allclose(edge_mtf(edges, where, 64), edge_mtf(0.3 - 0.2 * edges, where, 64))
 
 
 def test_an_edge_one_pixel_soft_has_the_mtf_of_a_square_pixel():
-    edges, distance = slanted_edge(64, torch.arange(8) / 8)
-    mtf = edge_mtf(edges, distance(torch.arange(64)), half=8)
+    mtf = edge_mtf(slanted_edges(64, EDGES), edge_distance(torch.arange(64), 32, EDGES), 64)
     assert (mtf - torch.sinc(FREQUENCIES)).abs().max() < 0.005
-    assert edge_figures(mtf) == pytest.approx((0.6034, torch.sinc(FREQUENCIES[FREQUENCIES > 0.5]).mean().item()), abs=0.005)
+    beyond = torch.sinc(FREQUENCIES[FREQUENCIES > 0.5]).mean().item()
+    assert edge_metrics(mtf) == pytest.approx((0.6034, beyond), abs=0.005)
 
 
 @pytest.mark.parametrize('kernel', ['none', 'disk', 'gaussian'])
 def test_the_mtf_of_a_view_is_that_of_its_blur_and_of_the_pixels_before_it(kernel):
-    f = FREQUENCIES / 4                                     # a quarter of a cycle a pixel is one a pixel of the view
-    blur = {'none': torch.ones_like(f), 'disk': disk_mtf(f, 3.0).abs(), 'gaussian': gaussian_mtf(f, 1.5)}[kernel]
-    assert (view_mtf(3.0, 256, 64, kernel) - blur * torch.sinc(f)).abs().max() < 0.03
+    f = FREQUENCIES / 4                                     # four pixels are one of the view
+    transfer = {'none': torch.ones_like(f), 'disk': disk_mtf(f, 3.0).abs(), 'gaussian': gaussian_mtf(f, 1.5)}
+    assert (view_mtf(256, 3.0, 64, kernel) - transfer[kernel] * torch.sinc(f)).abs().max() < 0.03
 
 
 def test_the_ideal_low_pass_ends_at_nyquist():
-    mtf = view_mtf(0.0, 256, 64, 'ideal')
+    mtf = view_mtf(256, 0.0, 64, 'ideal')
     assert (mtf[FREQUENCIES < 0.4] - 1).abs().max() < 0.1 and mtf[FREQUENCIES > 0.6].max() < 0.1
-    assert mtf50(mtf) == pytest.approx(0.5, abs=0.02) and edge_figures(mtf)[1] < 0.05
+    assert edge_metrics(mtf)[0] == pytest.approx(0.5, abs=0.02) and edge_metrics(mtf)[1] < 0.05
 
 
 def test_an_mtf_that_never_falls_to_one_half_has_its_mtf50_at_the_end():
-    assert mtf50(torch.full_like(FREQUENCIES, 0.6)) == 1
+    assert edge_metrics(torch.full_like(FREQUENCIES, 0.6))[0] == 1
 
 
 def test_where_there_is_no_edge_there_is_no_response():
-    _, distance = slanted_edge(64, torch.arange(8) / 8)
-    where = distance(torch.arange(64))
-    assert edge_figures(edge_mtf(torch.full_like(where, 0.3), where, half=8)) == pytest.approx((0, 0), abs=1e-9)
+    where = edge_distance(torch.arange(64), 32, EDGES)
+    assert edge_metrics(edge_mtf(torch.full_like(where, 0.3), where, 64)) == pytest.approx((0, 0), abs=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -268,7 +284,8 @@ def tokenizer_of(reconstruct, side=32):
 def test_reconstructions_that_move_along_are_equal_and_those_on_a_grid_at_its_steps_only():
     images = white(60, 40, 3).float() / 3
     moved, still = reconstruction_shift(tokenizer_of(lambda x: 0.5 * x), images, [1, 3])
-    assert min(moved) > 100 and still == pytest.approx(10 * math.log10(4 / (images[..., :32, :32] / 2).square().mean()), abs=0.05)
+    error = (images[..., :32, :32] / 2).square().mean()
+    assert min(moved) > 100 and still == pytest.approx(10 * math.log10(4 / error), abs=0.05)
 
     def hold(x):
         return x[..., ::4, ::4].repeat_interleave(4, -1).repeat_interleave(4, -2)
@@ -280,13 +297,15 @@ def test_errors_that_have_nothing_in_common_are_3_db_apart():
     generator = torch.Generator().manual_seed(0)
     noisy = tokenizer_of(lambda x: x + 0.1 * torch.randn(x.shape, generator=generator))
     moved, still = reconstruction_shift(noisy, white(20, 36, 3).float() / 3, [1, 2])
-    assert still == pytest.approx(10 * math.log10(4 / 0.01), abs=0.05) and moved == pytest.approx(2 * [still - 3.01], abs=0.05)
+    assert still == pytest.approx(10 * math.log10(4 / 0.01), abs=0.05)
+    assert moved == pytest.approx(2 * [still - 3.01], abs=0.05)
 
 
 def test_the_edge_of_a_perfect_reconstruction_is_the_pictures():
     picture, same = aliasing.reconstruction_mtf(tokenizer_of(lambda x: x))
     assert (picture - same).abs().max() < 1e-3 and (picture - torch.sinc(FREQUENCIES)).abs().max() < 0.03
-    _, blurred = aliasing.reconstruction_mtf(tokenizer_of(lambda x: aliasing.defocus_decimate(x, 3.0, 32, 'gaussian')))
+    blur = tokenizer_of(lambda x: aliasing.defocus_decimate(x, 3.0, 32, 'gaussian'))
+    _, blurred = aliasing.reconstruction_mtf(blur)
     inner = FREQUENCIES < 0.4
     assert (blurred - gaussian_mtf(FREQUENCIES, 1.5) * torch.sinc(FREQUENCIES))[inner].abs().max() < 0.02
 
@@ -310,8 +329,8 @@ def test_the_distance_is_signed_and_in_decibels():
     noise = white(100, 32, 3)
     assert spectrum_distance(3 * noise + 0.5, noise).tolist() == pytest.approx(8 * [20 * math.log10(3)])
     assert spectrum_distance(noise / 2, noise).tolist() == pytest.approx(8 * [-20 * math.log10(2)])
-    assert spectrum_distance(white(100, 32, 3, seed=1), noise).abs().max() < 0.5        # other noise: the floor
-    louder = spectrum_distance(noise + 4 * wave(6, side=32), noise)         # 6/32 cycles a pixel, where ring 3 begins
+    assert spectrum_distance(white(100, 32, 3, seed=1), noise).abs().max() < 0.5    # other noise
+    louder = spectrum_distance(noise + 4 * wave(6, side=32), noise)     # where ring 3 begins
     assert louder[3] > 3 and louder[[0, 5, 6, 7]].abs().max() < 0.5
 
 
@@ -319,36 +338,45 @@ def test_a_blur_is_a_distance_that_falls_with_frequency():
     noise = white(100, 32)
     distance = spectrum_distance(view(noise, 2.0, 32, 'gaussian'), noise)   # σ = 1
     centre = (torch.arange(8) + 0.5) / 16
-    assert (distance - 20 * torch.log10(gaussian_mtf(centre, 1.0)))[:5].abs().max() < 1 and (distance.diff() < 0).all()
+    expected = 20 * torch.log10(gaussian_mtf(centre, 1.0))
+    assert (distance - expected)[:5].abs().max() < 1 and (distance.diff() < 0).all()
 
 
 # -----------------------------------------------------------------------------
 # the command line
 
-STAGE1 = dict(data='charts', image_size=32, patch_nums=(1, 2, 4, 8), vocab_size=16, codebook_dim=4, channels=4, channel_mult=(1, 1, 1),
-              res_blocks=1, alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4, alias_res_blocks=1, beta=0.25, dual=True)
+STAGE1 = dict(
+    data='charts', image_size=32, patch_nums=(1, 2, 4, 8), vocab_size=16, codebook_dim=4, channels=4,
+    channel_mult=(1, 1, 1), res_blocks=1, alias_vocab_size=8, alias_codebook_dim=4, alias_channels=4,
+    alias_res_blocks=1, beta=0.25, dual=True,
+)
 
 
 def script(*arguments):
-    return subprocess.run([sys.executable, '-m', 'experiments.aliasing', *arguments], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {'PYTHONIOENCODING': 'utf-8'})
+    command = [sys.executable, '-m', 'experiments.aliasing', *arguments]
+    environment = os.environ | {'PYTHONIOENCODING': 'utf-8'}
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
 
 
 def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
     structure, alias = build_tokenizers(STAGE1)
-    checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {'kind': 'tokenizer', 'config': STAGE1, 'step': 0,
-                                                        'structure': structure.state_dict(), 'alias': alias.state_dict()})
+    checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {
+        'kind': 'tokenizer', 'config': STAGE1, 'step': 0, 'structure': structure.state_dict(),
+        'alias': alias.state_dict()})
     np.savez(tmp_path / 'samples.npz', np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8))
-    run = script(f'--out_dir={tmp_path}/out', f'--tokenizer={tmp_path}/tokenizer.pt', f'--samples={tmp_path}/samples.npz',
-                 '--image_size=64', '--patch_nums=1,2,3,4', '--pictures=2', '--real_images=20', '--device=cpu')
+    run = script(
+        f'--out_dir={tmp_path}/out', f'--tokenizer={tmp_path}/tokenizer.pt',
+        f'--samples={tmp_path}/samples.npz', '--image_size=64', '--patch_nums=1,2,3,4', '--pictures=2',
+        '--real_images=20', '--device=cpu')
     assert (run.returncode, run.stderr) == (0, '')
     found = json.loads((tmp_path / 'out' / 'aliasing.json').read_text(), parse_constant=pytest.fail)
     assert found['config']['patch_nums'] == [1, 2, 3, 4] and set(found['pyramid']) == set(aliasing.FILTERS)
     for name, rows in found['pyramid'].items():
         assert [row['step'] for row in rows] == pytest.approx([4, 2, 4 / 3, 1])
-        assert rows[-1]['alias'] < 1e-12 and rows[-1]['kept'] == pytest.approx(1) and rows[-1]['shift_off_grid'] is None
+        assert rows[-1]['alias'] < 1e-12 and rows[-1]['kept'] == pytest.approx(1)
+        assert rows[-1]['shift'] is None
     plain, disk, ideal = (found['pyramid'][name][0] for name in ('none', 'disk states', 'ideal'))
-    assert plain['alias'] > disk['alias'] > ideal['alias'] and plain['shift_off_grid'] < disk['shift_off_grid'] < EXACT
+    assert plain['alias'] > disk['alias'] > ideal['alias'] and plain['shift'] < disk['shift'] < EXACT
     assert list(found['tokenizer']['shift_psnr']) == ['1', '2', '3', '4']
     # uniform noise has far more of the high frequencies than charts have
     assert found['spectrum']['generated'][-1] > 10 and len(found['spectrum']['real, half/half']) == 8
@@ -365,7 +393,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize('setting, value, complaint', [
     ('patch_nums', (4, 2), r'patch_nums=\(4, 2\) must grow'),
     ('patch_nums', (), r'patch_nums=\(\) must grow'),
-    ('real_images', 1, 'real_images=1 be at least 2'),
+    ('real_images', 1, 'real_images=1 must be at least 2'),
     ('image_size', 100, 'image_size=100 is not a multiple'),
     ('samples', 'nowhere.npz', 'nowhere.npz: no such folder or file'),
 ])

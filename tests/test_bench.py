@@ -28,7 +28,8 @@ def test_a_matrix_product_has_two_operations_per_multiplication(counted):
 
 def test_times_are_medians_of_repeats_after_a_warm_up(monkeypatch):
     monkeypatch.setattr(bench, 'repeats', 3)
-    seconds = iter([0, 100, 0, 50, 0, 1, 0, 8, 0, 4, 0, 8, 0, 2, 0, 8])     # start and end; two functions in turn
+    # start and end of two functions that take turns
+    seconds = iter([0, 100, 0, 50, 0, 1, 0, 8, 0, 4, 0, 8, 0, 2, 0, 8])
     monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(seconds))
     assert bench.timed([lambda: None, lambda: None]) == [(2, 1.5), (8, 0)]
 
@@ -47,8 +48,8 @@ def test_every_part_runs_and_the_rows_are_kept(tmp_path, run_script):
     for name, text in (('one.py', STAGE_1), ('two.py', STAGE_2)):
         (tmp_path / name).write_text(text)
     status, out, err = run_script(
-        'experiments/bench', f'--stage1={tmp_path}/one.py', f'--stage2={tmp_path}/two.py', f'--out_dir={tmp_path}',
-        '--repeats=1', '--parts=tokenizer,encode,train,sample', '--batch_size=2', '--sample_batch=2',
+        'experiments/bench', f'--stage1={tmp_path}/one.py', f'--stage2={tmp_path}/two.py',
+        f'--out_dir={tmp_path}', '--repeats=1', '--parts=tokenizer,encode,train,sample', '--batch_size=2', '--sample_batch=2',
         '--device=cpu', '--dtype=float32')
     assert status == 0, err
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
