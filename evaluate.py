@@ -217,6 +217,16 @@ def generate(student, structure, autocast):
     return torch.cat([images for _, images in generated]), labels
 
 
+def report(name, metrics):
+    """Prints metrics on one line, by their names in results.json."""
+    def text(value):
+        if isinstance(value, list):
+            return ' '.join(map(text, value))
+        return f'{value:.5g}' if isinstance(value, float) else str(value)
+
+    runtime.say(f'{name}: ' + ', '.join(f'{key} {text(value)}' for key, value in metrics.items()))
+
+
 # a set of images, and what it is measured against
 PAIRS = [
     ('generated', 'reference'), ('reconstructed', 'reference'), ('reconstructed', 'originals'),
@@ -269,15 +279,6 @@ def made_with(path):
             return json.loads(str(load_arrays(path, ('made_with',))['made_with']))
 
 
-def report(name, metrics):
-    """Prints metrics on one line, by their names in results.json."""
-    def text(value):
-        if isinstance(value, list):
-            return ' '.join(map(text, value))
-        return f'{value:.5g}' if isinstance(value, float) else str(value)
-    runtime.say(f'{name}: ' + ', '.join(f'{key} {text(value)}' for key, value in metrics.items()))
-
-
 def main():
     check_settings()
     dev = runtime.start(device)
@@ -320,13 +321,19 @@ def main():
 
 def evaluate_pictures(structure, student, real, data_name, classes, autocast, dev):
     """The part of the results about images: tokenizer and distances. real: {split: (images, labels)}."""
-    # what distances are measured against, and with
-    against, moments = (real[reference][0], None) if reference in real else read_reference(
-        reference, structure.image_size)
-    weights_path, cnn, num_features = choose_distance(len(against) == 0), None, 2048
+    # what distances are measured against
+    if reference in real:
+        against, moments = real[reference][0], None
+    else:
+        against, moments = read_reference(reference, structure.image_size)
     results = {'reference': {
         'name': reference, 'images': len(against), 'fingerprint': fingerprint(against),
-        'statistics_digest': digest(dict(zip(('mu', 'sigma'), moments))) if moments else None}}
+        'statistics_digest': digest(dict(zip(('mu', 'sigma'), moments))) if moments else None,
+    }}
+
+    # what measures them
+    weights_path = choose_distance(only_statistics=len(against) == 0)
+    cnn, num_features = None, 2048
     if not weights_path:
         cnn, accuracy = load_or_train_cnn(*real.values(), data_name, classes, dev)
         num_features = cnn.head.in_features
@@ -335,17 +342,21 @@ def evaluate_pictures(structure, student, real, data_name, classes, autocast, de
 
     # samples, and a floor of as many real images, because fewer have a larger distance by chance alone
     images, labels = real['val']
-    sets, count, warnings = {'reference': (against, None)}, len(images), []
+    count = len(images)
+    sets = {'reference': (against, None)}
+    warnings = []
     if not (moments and weights_path):
         warnings += check_count('reference images', len(against), num_features)
     if 'samples' in parts:
-        sets['generated'] = generated, _ = (
-            read_samples(samples, structure.image_size, classes) if samples
-            else generate(student, structure, autocast))
-        count = len(generated)
+        if samples:
+            generated = read_samples(samples, structure.image_size, classes)
+        else:
+            generated = generate(student, structure, autocast)
+        sets['generated'] = generated
+        count = len(generated[0])
         results['samples'] = {
-            'images': count, 'fingerprint': fingerprint(generated), 'made_with': made_with(samples)}
-        warnings += check_samples(*sets['generated'], len(classes), against, samples)
+            'images': count, 'fingerprint': fingerprint(generated[0]), 'made_with': made_with(samples)}
+        warnings += check_samples(*generated, len(classes), against, samples)
         warnings += check_count('samples', count, num_features)
     floor_images, floor_labels = real['train' if reference == 'val' else 'val']
     chosen = evenly_over_classes(floor_labels, count)
