@@ -72,7 +72,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     which needs no inverse, so singular matrices are fine.
     """
     values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    deviations = values.clamp(min=0).sqrt()
+    root = vectors * deviations @ vectors.T
     values = torch.linalg.eigvalsh(root @ sigma2 @ root)
     overlap = values.clamp(min=0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()

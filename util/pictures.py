@@ -23,7 +23,8 @@ def open_photo(path, image_size):
     """
     if path in Charts.classes:
         charts = Charts('val', image_size, len(Charts.classes))
-        return to_picture(normalize(charts.images[Charts.classes.index(path)]))
+        chart = charts.images[Charts.classes.index(path)]
+        return to_picture(normalize(chart))
     try:
         return read_picture(path, 2 * image_size)
     except FileNotFoundError:
