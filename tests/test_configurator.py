@@ -72,7 +72,9 @@ def test_settings_are_the_assignments_above_configure_with_their_comments(toy_fi
 
 
 def test_reading_settings_runs_nothing(config):
-    assert read_settings(config('raise SystemExit\nsteps = 1  # never\nconfig = configure(globals())\n')) == {'steps': 'never'}
+    assert read_settings(config('raise SystemExit\nsteps = 1  # never\nconfig = configure(globals())\n')) == {
+        'steps': 'never'
+    }
 
 
 def test_a_file_that_never_configures_has_no_settings():
@@ -87,7 +89,10 @@ def test_every_setting_of_every_script_has_a_comment(script):
 
 def test_an_imported_script_keeps_its_defaults_and_a_started_one_does_not(toy_file, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [toy_file, '--steps=7', '--second=3'])
-    imported, started = runpy.run_path(toy_file, run_name='toy'), runpy.run_path(toy_file, run_name='__main__')
+    imported, started = (
+        runpy.run_path(toy_file, run_name='toy'),
+        runpy.run_path(toy_file, run_name='__main__'),
+    )
     assert imported['config']['steps'] == imported['steps'] == 100_000
     assert started['config']['steps'] == started['steps'] == 7 and started['second'] == 3.0
     assert list(started['config']) == list(read_settings(toy_file))
@@ -205,12 +210,15 @@ def test_help_wins_over_everything_and_shows_the_defaults(toy, capsys):
 
 def test_a_config_file_is_python(toy, config):
     """Imports, functions and names with an underscore are its own business."""
-    text = 'import math\nfrom math import sqrt\n\ndef twice(n):\n    return 2 * n\n\n_half = 4\nsteps = twice(_half) + int(sqrt(4))\n'
+    text = ('import math\nfrom math import sqrt\n\ndef twice(n):\n    return 2 * n\n\n'
+            '_half = 4\nsteps = twice(_half) + int(sqrt(4))\n')
     assert toy(config(text)) == {'steps': 10}
 
 
 def test_a_config_file_knows_which_script_reads_it(toy, config):
-    assert toy(config("if script == 'toy':\n    steps = 1\nif script == 'encode':\n    steps = 2\n")) == {'steps': 1}
+    assert toy(config("if script == 'toy':\n    steps = 1\nif script == 'encode':\n    steps = 2\n")) == {
+        'steps': 1
+    }
 
 
 def test_settings_of_another_script_are_left_alone(toy, config):
@@ -277,7 +285,11 @@ def test_help_of_a_script_is_its_docstring_and_every_setting_with_its_comment():
     assert run.returncode == 0 and run.stderr == '' and run.stdout.startswith(script.__doc__.strip())
     lines = run.stdout.splitlines()
     for name, comment in read_settings(HERE / 'train_fvar.py').items():
-        assert [line for line in lines if line.startswith(f'  --{name}={script.config[name]!r} ') and line.endswith(f'  {comment}')]
+        assert [
+            line
+            for line in lines
+            if line.startswith(f'  --{name}={script.config[name]!r} ') and line.endswith(f'  {comment}')
+        ]
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2():

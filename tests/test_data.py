@@ -13,8 +13,18 @@ from PIL import Image
 
 from configurator import UserError
 from data import (
-    ImageFolder, TokenDataset, batches, endless_keys, in_order, normalize, open_dataset, open_table, square_crop,
-    to_uint8, undone_batches)
+    ImageFolder,
+    TokenDataset,
+    batches,
+    endless_keys,
+    in_order,
+    normalize,
+    open_dataset,
+    open_table,
+    square_crop,
+    to_uint8,
+    undone_batches,
+)
 from util import runtime
 from util.charts import CHARTS, Charts
 
@@ -64,7 +74,7 @@ def test_chart_is_the_same_drawing_at_every_size(charts, label):
     """Rendered at twice the size and box-averaged it hardly differs: nothing aliases at the source."""
     twice = torch.nn.functional.avg_pool2d(Charts('train', 64, 60).images[label::10].float(), 2)
     difference = (twice - charts.images[label:60:10].float()).abs().mean()
-    assert difference < (8 if Charts.classes[label] == 'text' else 0.5)        # letters are hinted to their grid
+    assert difference < (8 if Charts.classes[label] == 'text' else 0.5)  # letters are hinted to their grid
 
 
 @pytest.mark.parametrize('label', range(10), ids=Charts.classes)
@@ -195,14 +205,18 @@ def folder(tmp_path):
         for label, name in enumerate(('cat', 'dog')):
             (tmp_path / split / name / 'deep').mkdir(parents=True)
             for i in range(count):
-                photo(10 * label + i).save(tmp_path / split / name / (f'deep/{names[i]}' if i == 1 else names[i]))
+                photo(10 * label + i).save(
+                    tmp_path / split / name / (f'deep/{names[i]}' if i == 1 else names[i])
+                )
     return tmp_path
 
 
 def test_some_items_are_spread_over_all_classes(folder):
     dataset = ImageFolder(folder, 'train', 8)
     labels = torch.cat([labels for _, labels in in_order(dataset, 2, count=3)])
-    assert labels.tolist() == [int(dataset.labels[i]) for i in (0, round((len(dataset) - 1) / 2), len(dataset) - 1)]
+    assert labels.tolist() == [
+        int(dataset.labels[i]) for i in (0, round((len(dataset) - 1) / 2), len(dataset) - 1)
+    ]
     assert labels[0] == 0 and labels[-1] == len(dataset.classes) - 1
     everything = torch.cat([labels for _, labels in in_order(dataset, 2, count=99)])
     assert everything.tolist() == dataset.labels.tolist()
@@ -268,8 +282,19 @@ def opened(folder, image, name, **options):
     return picture
 
 
-@pytest.mark.parametrize('mode, name', [('CMYK', 'x.jpg'), ('L', 'x.jpg'), ('L', 'x.png'), ('1', 'x.png'),
-                                        ('LA', 'x.png'), ('RGBA', 'x.webp'), ('P', 'x.bmp'), ('RGB', 'x.BMP')])
+@pytest.mark.parametrize(
+    'mode, name',
+    [
+        ('CMYK', 'x.jpg'),
+        ('L', 'x.jpg'),
+        ('L', 'x.png'),
+        ('1', 'x.png'),
+        ('LA', 'x.png'),
+        ('RGBA', 'x.webp'),
+        ('P', 'x.bmp'),
+        ('RGB', 'x.BMP'),
+    ],
+)
 def test_every_mode_becomes_rgb(folder, mode, name):
     flat = Image.new('RGB', (40, 40), (200, 200, 200)).convert(mode)
     middle = np.asarray(opened(folder, flat, name)).mean((0, 1))
@@ -422,12 +447,14 @@ def test_loader_workers_change_nothing_but_speed(folder):
 @pytest.mark.filterwarnings('ignore:This process')
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='no sigwaitinfo here')
 def test_signals_to_the_whole_job_leave_loader_workers_at_work(folder):
-    others, supply = multiprocessing.active_children(), batches(ImageFolder(folder, 'train', 16), 2, seed=0, workers=2)
+    others = multiprocessing.active_children()
+    supply = batches(ImageFolder(folder, 'train', 16), 2, seed=0, workers=2)
     first(supply, 2)                                        # both have begun
     children = [child for child in multiprocessing.active_children() if child not in others]
     for child in children:
         for number in (signal.SIGINT, signal.SIGTERM):
-            subprocess.run(['kill', f'-{int(number)}', str(child.pid)], check=True)      # another process than the parent
+            # sent by another process than the parent
+            subprocess.run(['kill', f'-{int(number)}', str(child.pid)], check=True)
     first(supply, 10)
     assert len(children) == 2 and all(child.is_alive() for child in children)
     for child in children:
@@ -463,7 +490,11 @@ def table_of(tmp_path, **settings):
 
 def test_a_table_keeps_what_was_written_and_knows_what_is_missing(tmp_path, monkeypatch):
     table = table_of(tmp_path)
-    assert table.tolist() == 5 * [[0, 0, 9]] and undone_batches(table, 2, 9) == [range(2), range(2, 4), range(4, 5)]
+    assert table.tolist() == 5 * [[0, 0, 9]] and undone_batches(table, 2, 9) == [
+        range(2),
+        range(2, 4),
+        range(4, 5),
+    ]
     table[2:4] = 1
     table.flush()
     again = table_of(tmp_path)
@@ -490,7 +521,9 @@ def test_a_table_larger_than_the_disk_is_one_line_and_leaves_nothing(tmp_path, c
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: open_table(tmp_path / 'a.partial', {}, 10 ** 17, 3, np.uint16, 9))
     assert stop.value.code == 1 and list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.startswith(f'error: disk full while writing {tmp_path}/a.partial: free some space')
+    assert capsys.readouterr().err.startswith(
+        f'error: disk full while writing {tmp_path}/a.partial: free some space'
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -544,7 +577,9 @@ def test_tokens_of_another_tokenizer_are_noticed(tokens):
         TokenDataset(tokens[0], 'train', 'abc124')
 
 
-@pytest.mark.parametrize('changes', [dict(columns=8), dict(rows=0), dict(patch_nums=None), dict(classes=None)])
+@pytest.mark.parametrize(
+    'changes', [dict(columns=8), dict(rows=0), dict(patch_nums=None), dict(classes=None)]
+)
 def test_a_description_that_does_not_fit_is_noticed(tokens, changes):
     write_meta(tokens[0], **changes)
     with pytest.raises(UserError, match='damaged or from different runs; run encode.py'):

@@ -71,15 +71,23 @@ def test_ranks_take_the_samples_and_see_the_noise_that_one_rank_would(monkeypatc
 
     numbers, whole = runtime.sample_numbers(3, 6), noise()
     assert list(numbers) == [18, 19, 20, 21, 22, 23]
-    assert sum(map(list, of_all_ranks(monkeypatch, 3, lambda: runtime.sample_numbers(3, 6))), []) == list(numbers)
-    assert torch.equal(torch.cat(of_all_ranks(monkeypatch, 3, noise)), whole) and len(torch.unique(whole)) == 6 * 12
+    assert sum(map(list, of_all_ranks(monkeypatch, 3, lambda: runtime.sample_numbers(3, 6))), []) == list(
+        numbers
+    )
+    assert (
+        torch.equal(torch.cat(of_all_ranks(monkeypatch, 3, noise)), whole)
+        and len(torch.unique(whole)) == 6 * 12
+    )
 
 
 @pytest.mark.parametrize('distribution', [torch.rand, torch.randn])
 def test_a_part_of_a_batch_draws_the_same_as_the_whole(distribution):
     whole = runtime.random_numbers(distribution, (2, 5), range(7), CPU, 3, 1)
     assert whole.shape == (7, 2, 5) and len(torch.unique(whole)) == 70
-    parts = [runtime.random_numbers(distribution, (2, 5), numbers, CPU, 3, 1) for numbers in (range(1), range(1, 5), [6, 5])]
+    parts = [
+        runtime.random_numbers(distribution, (2, 5), numbers, CPU, 3, 1)
+        for numbers in (range(1), range(1, 5), [6, 5])
+    ]
     assert torch.equal(torch.cat(parts), whole[[0, 1, 2, 3, 4, 6, 5]])
 
 
@@ -96,9 +104,14 @@ def test_what_is_drawn_is_a_function_of_the_stream_and_the_sample():
 
 
 def test_what_is_drawn_is_distributed_as_asked_for():
-    uniform, normal = (runtime.random_numbers(distribution, (50,), range(1000), CPU, 7) for distribution in (torch.rand, torch.randn))
+    uniform, normal = (
+        runtime.random_numbers(distribution, (50,), range(1000), CPU, 7)
+        for distribution in (torch.rand, torch.randn)
+    )
     assert 0 <= uniform.min() and uniform.max() < 1 and uniform.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert normal.mean().item() == pytest.approx(0, abs=0.02) and normal.std().item() == pytest.approx(1, abs=0.02)
+    assert normal.mean().item() == pytest.approx(0, abs=0.02) and normal.std().item() == pytest.approx(
+        1, abs=0.02
+    )
 
 
 def test_all_gradients_are_averaged_in_one_call(monkeypatch):
@@ -154,8 +167,15 @@ def test_a_cpu_is_fast_in_bfloat16_if_it_has_the_instructions(monkeypatch, capab
     assert runtime.has_fast_bfloat16(CPU) is answer
 
 
-@pytest.mark.parametrize('dtype, fast, got', [('float32', True, torch.float32), ('bfloat16', False, torch.bfloat16),
-                                              ('auto', False, torch.float32), ('auto', True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    'dtype, fast, got',
+    [
+        ('float32', True, torch.float32),
+        ('bfloat16', False, torch.bfloat16),
+        ('auto', False, torch.float32),
+        ('auto', True, torch.bfloat16),
+    ],
+)
 def test_precision_is_what_matrices_are_multiplied_in(monkeypatch, dtype, fast, got):
     monkeypatch.setattr(runtime, 'has_fast_bfloat16', lambda device: fast)
     autocast, scaler = precision(dtype, CPU)
@@ -165,8 +185,14 @@ def test_precision_is_what_matrices_are_multiplied_in(monkeypatch, dtype, fast, 
     assert not scaler.is_enabled()
 
 
-@pytest.mark.parametrize('dtype, message', [('float64', 'choose auto, float32, bfloat16 or float16'), ('', 'choose auto'),
-                                            ('float16', 'needs a GPU')])
+@pytest.mark.parametrize(
+    'dtype, message',
+    [
+        ('float64', 'choose auto, float32, bfloat16 or float16'),
+        ('', 'choose auto'),
+        ('float16', 'needs a GPU'),
+    ],
+)
 def test_a_precision_that_will_not_do_is_one_line(dtype, message):
     with pytest.raises(UserError, match=f'--dtype={dtype} ?.*{message}') as error:
         precision(dtype, CPU)
@@ -224,7 +250,9 @@ def weight_decay_of(zoo):
 def test_adamw_decays_kernels_but_no_vectors_and_no_tables():
     decay = weight_decay_of(Zoo())
     assert decay['conv.weight'] == 0.5 and decay['table.weight'] == 0
-    assert {decay[name] for name in ('conv.bias', 'norm.weight', 'norm.bias', 'one_row', 'temperatures')} == {0}
+    assert {decay[name] for name in ('conv.bias', 'norm.weight', 'norm.bias', 'one_row', 'temperatures')} == {
+        0
+    }
     assert 'frozen' not in decay and len(decay) == 7
 
 
@@ -236,12 +264,16 @@ def test_adamw_passes_on_its_settings():
 def descent(grad_clip=1.0, scaler=None):
     """(parameter at the origin, a step along a given gradient by plain descent, the SafeStep)."""
     parameter = nn.Parameter(torch.zeros(2))
-    safe_step = SafeStep(torch.optim.SGD([parameter], lr=123.0, fused=True), scaler or precision('float32', CPU)[1], grad_clip)
+    safe_step = SafeStep(
+        torch.optim.SGD([parameter], lr=123.0, fused=True), scaler or precision('float32', CPU)[1], grad_clip
+    )
 
     def step(*gradient, lr=1.0, **terms):
         """The norm; the second result must say no more than it does."""
         parameter.grad = torch.tensor(gradient)
-        norm, finite = safe_step([[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()})
+        norm, finite = safe_step(
+            [[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()}
+        )
         assert finite.dtype == torch.bool and finite == math.isfinite(norm)
         return norm.item()
     return parameter, step, safe_step
@@ -255,7 +287,11 @@ def counted(safe_step):
 def test_a_step_goes_down_the_gradient_and_clears_it():
     parameter, step, safe_step = descent(grad_clip=100.0)
     assert step(3.0, 4.0, lr=0.5) == pytest.approx(5.0)
-    assert parameter.tolist() == pytest.approx([-1.5, -2.0]) and parameter.grad is None and counted(safe_step) == (0, 0)
+    assert (
+        parameter.tolist() == pytest.approx([-1.5, -2.0])
+        and parameter.grad is None
+        and counted(safe_step) == (0, 0)
+    )
 
 
 def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
@@ -266,7 +302,9 @@ def test_a_long_gradient_is_clipped_and_its_whole_norm_returned():
 
 def test_the_gradient_of_one_network_does_not_shorten_the_step_of_another():
     calm, wild = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    safe_step = SafeStep(torch.optim.SGD([calm, wild], lr=1.0, fused=True), precision('float32', CPU)[1], grad_clip=1.0)
+    safe_step = SafeStep(
+        torch.optim.SGD([calm, wild], lr=1.0, fused=True), precision('float32', CPU)[1], grad_clip=1.0
+    )
     calm.grad, wild.grad = torch.tensor([0.3, 0.4]), torch.tensor([300.0, 400.0])
     norm, finite = safe_step([[calm], [wild]], 1.0)
     assert norm.item() == pytest.approx(math.hypot(0.5, 500)) and finite
@@ -277,7 +315,12 @@ def test_the_gradient_of_one_network_does_not_shorten_the_step_of_another():
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
     parameter, step, safe_step = descent()
     assert not math.isfinite(step(bad, 1.0))
-    assert parameter.tolist() == [0, 0] and parameter.grad is None and counted(safe_step) == (1, 1) and safe_step.check() == 1
+    assert (
+        parameter.tolist() == [0, 0]
+        and parameter.grad is None
+        and counted(safe_step) == (1, 1)
+        and safe_step.check() == 1
+    )
 
 
 def test_a_step_that_is_skipped_leaves_adams_averages_as_they_were():
@@ -319,7 +362,11 @@ def test_a_good_step_starts_the_count_again():
         assert safe_step.check() == safe_step.skipped
         step(0.1, 0.0)
         assert counted(safe_step)[1] == 0
-    assert counted(safe_step) == (27, 0) and safe_step.check() == 27 and parameter.tolist() == pytest.approx([-0.3, 0])
+    assert (
+        counted(safe_step) == (27, 0)
+        and safe_step.check() == 27
+        and parameter.tolist() == pytest.approx([-0.3, 0])
+    )
 
 
 def test_a_float16_scaler_may_skip_its_way_down_to_one():
@@ -342,7 +389,9 @@ def test_the_term_that_went_first_is_named():
     step(math.nan, 0.0, ce=2.0, kl=math.inf, per_map=[1.0, math.nan])
     for _ in range(9):
         step(math.nan, 0.0, ce=math.nan, kl=math.nan)
-    with pytest.raises(FloatingPointError, match='non-finite loss or gradient, first in kl, per_map; .* checkpoint is intact') as error:
+    with pytest.raises(
+        FloatingPointError, match='non-finite loss or gradient, first in kl, per_map; .* checkpoint is intact'
+    ) as error:
         safe_step.check()
     assert one_line(error)
 
@@ -398,7 +447,7 @@ def test_a_run_is_saved_every_so_many_seconds(saving, monkeypatch):
     for step in range(1, 12):
         now[0] += 10
         due += [step] if one.due(step, 100) else []
-    assert due == [3, 6, 9]                                 # the seconds count from the last save, whatever it was for
+    assert due == [3, 6, 9]  # the seconds count from the last save, whatever it was for
 
 
 def test_the_seconds_are_those_of_rank_0(saving, monkeypatch):
@@ -419,12 +468,17 @@ def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, c
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: one.stop_if_asked(2))
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert capsys.readouterr().err == f'error: stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
+    assert (
+        capsys.readouterr().err
+        == f'error: stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
+    )
 
 
 def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
-    monkeypatch.setattr(runtime, 'all_reduce_max', lambda tensor: torch.maximum(tensor, torch.tensor([15, 0])))
+    monkeypatch.setattr(
+        runtime, 'all_reduce_max', lambda tensor: torch.maximum(tensor, torch.tensor([15, 0]))
+    )
     one = saving(every=100)
     assert one.due(7, 100)
     with pytest.raises(SystemExit) as stop:
@@ -451,9 +505,19 @@ def test_without_a_signal_nothing_stops(saving):
 
 def test_auto_resumes_what_there_is(tmp_path):
     file = tmp_path / 'state.pt'
-    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, False, True, False]
-    files.previous(file).touch()                          # as a kill between two renames leaves it
-    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [False, True, True, False]
+    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    files.previous(file).touch()  # as a kill between two renames leaves it
+    assert [files.resumes(start, file) for start in ('scratch', 'auto', 'resume', 'student.pt')] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -493,7 +557,12 @@ def test_write_json_ends_with_a_newline_and_keeps_utf8(tmp_path):
 
 
 def saved(step):
-    return {'kind': 'toy', 'step': step, 'weights': {'w': torch.full((3,), float(step))}, 'config': {'sizes': (1, 2), 'lr': 0.1}}
+    return {
+        'kind': 'toy',
+        'step': step,
+        'weights': {'w': torch.full((3,), float(step))},
+        'config': {'sizes': (1, 2), 'lr': 0.1},
+    }
 
 
 @pytest.fixture
@@ -530,7 +599,10 @@ def test_a_checkpoint_that_can_not_be_written_leaves_both_that_were_there(checkp
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(checkpoint, capsys, share):
     os.truncate(checkpoint, int(share * checkpoint.stat().st_size))
     assert load_checkpoint(checkpoint, 'toy')['step'] == 1
-    assert capsys.readouterr().err == f'warning: {checkpoint} is missing or damaged; falling back to {checkpoint}.previous\n'
+    assert (
+        capsys.readouterr().err
+        == f'warning: {checkpoint} is missing or damaged; falling back to {checkpoint}.previous\n'
+    )
 
 
 def test_one_wrong_bit_falls_back_to_the_one_before(checkpoint, capsys):
@@ -567,8 +639,15 @@ def test_a_missing_checkpoint_says_what_to_run(tmp_path):
         load_checkpoint(tmp_path / 'toy.pt', 'toy')
 
 
-@pytest.mark.parametrize('content, message', [({'kind': 'student'}, 'holds student, not toy'), ({}, 'holds something else, not toy'),
-                                              ([1, 2], 'holds something else, not toy'), (torch.zeros(2), 'holds something else, not toy')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        ({'kind': 'student'}, 'holds student, not toy'),
+        ({}, 'holds something else, not toy'),
+        ([1, 2], 'holds something else, not toy'),
+        (torch.zeros(2), 'holds something else, not toy'),
+    ],
+)
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / 'a.pt')
     with pytest.raises(UserError, match=f'a.pt {message}') as error:
@@ -595,7 +674,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     assert (tmp_path / 'sprung').exists()
 
 
-@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03'])
+@pytest.mark.parametrize(
+    'content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03']
+)
 def test_a_file_that_is_no_checkpoint_is_not_accused_of_holding_code(tmp_path, content):
     (tmp_path / 'a.pt').write_bytes(content)
     with pytest.raises(UserError, match='a.pt cannot be read .truncated or not a checkpoint') as error:
@@ -609,10 +690,19 @@ def test_missing_weights_are_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and f'error: {tmp_path}/a.pt: No such file' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('other, difference', [(nn.Linear(2, 4), 'size mismatch for weight'), (nn.Bilinear(1, 2, 3), 'size mismatch'),
-                                               (nn.Linear(2, 3, bias=False), 'Missing key.*bias'), (nn.Embedding(3, 2), 'Missing key')])
+@pytest.mark.parametrize(
+    'other, difference',
+    [
+        (nn.Linear(2, 4), 'size mismatch for weight'),
+        (nn.Bilinear(1, 2, 3), 'size mismatch'),
+        (nn.Linear(2, 3, bias=False), 'Missing key.*bias'),
+        (nn.Embedding(3, 2), 'Missing key'),
+    ],
+)
 def test_weights_of_another_model_are_refused_in_one_line(other, difference):
-    with pytest.raises(UserError, match=f'student.pt does not fit this model: {difference}.*another config') as error:
+    with pytest.raises(
+        UserError, match=f'student.pt does not fit this model: {difference}.*another config'
+    ) as error:
         load_weights(nn.Linear(2, 3), other.state_dict(), 'student.pt')
     assert one_line(error)
 
@@ -638,13 +728,19 @@ def test_digest_follows_weights_and_names_and_nothing_else(tmp_path):
     same = digest(weights())
     torch.save(weights(), tmp_path / 'a.pt')
     assert digest(dict(reversed(weights().items()))) == digest(torch.load(tmp_path / 'a.pt')) == same
-    assert digest({'a': weights()['a'], 'b': torch.tensor([[3.0, 0.0], [4.0, 0.0]])[:, 0].requires_grad_()}) == same
+    assert (
+        digest({'a': weights()['a'], 'b': torch.tensor([[3.0, 0.0], [4.0, 0.0]])[:, 0].requires_grad_()})
+        == same
+    )
     assert len({same, digest(weights(last=4.0000005)), digest(weights(name='c')), digest({})}) == 4
 
 
 def test_digest_is_the_same_on_every_machine():
     """The name, then the numbers as little-endian float32."""
-    assert digest({'w': torch.arange(4.0)}) == hashlib.sha256(b'w' + struct.pack('<4f', 0, 1, 2, 3)).hexdigest()[:16]
+    assert (
+        digest({'w': torch.arange(4.0)})
+        == hashlib.sha256(b'w' + struct.pack('<4f', 0, 1, 2, 3)).hexdigest()[:16]
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -653,7 +749,7 @@ def test_digest_is_the_same_on_every_machine():
 def test_a_log_is_json_lines(tmp_path):
     log = Log(tmp_path / 'new' / 'a.jsonl')
     log(step=0, loss=1.5, per_map=[1, 2])
-    lines = (tmp_path / 'new' / 'a.jsonl').read_text().splitlines()                # readable while the run goes on
+    lines = (tmp_path / 'new' / 'a.jsonl').read_text().splitlines()  # readable while the run goes on
     assert [json.loads(line) for line in lines] == [{'step': 0, 'loss': 1.5, 'per_map': [1, 2]}]
 
 
@@ -663,7 +759,12 @@ def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
         log(step=step, run=1)
     log = Log(tmp_path / 'a.jsonl', first_step=3)
     log(step=3, run=2)
-    assert [(record['step'], record['run']) for record in read_log(tmp_path / 'a.jsonl')] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+    assert [(record['step'], record['run']) for record in read_log(tmp_path / 'a.jsonl')] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (3, 2),
+    ]
 
 
 def test_a_new_run_starts_a_new_log(tmp_path):
@@ -682,19 +783,25 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path):
-    (tmp_path / 'a.jsonl').write_bytes(b'{"step": 0}\n\x00\x00\xff\n5\n{"loss": 1}\n{"step": null}\n{"step": 1}\n')
+    (tmp_path / 'a.jsonl').write_bytes(
+        b'{"step": 0}\n\x00\x00\xff\n5\n{"loss": 1}\n{"step": null}\n{"step": 1}\n'
+    )
     assert read_log(tmp_path / 'a.jsonl') == [{'step': 0}, {'step': 1}]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     Log(tmp_path / 'a.jsonl')(step=0, ce=math.nan, per_map=[1.0, math.inf], skipped=3)
-    assert (tmp_path / 'a.jsonl').read_text() == '{"step": 0, "ce": null, "per_map": [1.0, null], "skipped": 3}\n'
+    assert (
+        tmp_path / 'a.jsonl'
+    ).read_text() == '{"step": 0, "ce": null, "per_map": [1.0, null], "skipped": 3}\n'
 
 
 @pytest.mark.parametrize('to', ['tensorboard', 'wandb'])
 def test_a_writer_that_is_not_installed_names_its_package(tmp_path, monkeypatch, to):
     monkeypatch.setitem(sys.modules, {'tensorboard': 'torch.utils.tensorboard'}.get(to, to), None)
-    with pytest.raises(UserError, match=f'--log_to={to} needs a package that is not installed: pip install {to}') as error:
+    with pytest.raises(
+        UserError, match=f'--log_to={to} needs a package that is not installed: pip install {to}'
+    ) as error:
         Log(tmp_path / 'a.jsonl', to=to)
     assert one_line(error) and not list(tmp_path.iterdir())
 
@@ -709,8 +816,15 @@ def test_writers_are_shown_every_number(tmp_path, monkeypatch):
     writer = SimpleNamespace(add_scalar=lambda name, value, step: shown.append((step, name, value)))
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(
         SummaryWriter=lambda folder, purge_step: made.append((folder, purge_step)) or writer))
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
-        init=lambda **named: made.append(named) or SimpleNamespace(log=lambda numbers: shown.append(numbers))))
+    monkeypatch.setitem(
+        sys.modules,
+        'wandb',
+        SimpleNamespace(
+            init=lambda **named: (
+                made.append(named) or SimpleNamespace(log=lambda numbers: shown.append(numbers))
+            )
+        ),
+    )
     for to in ('tensorboard', 'wandb'):
         Log(tmp_path / 'out' / 'fvar.jsonl', 7, to, {'lr': 1})(step=7, ce=2.0, per_map=[1.0, 3.0])
     assert made[0] == (tmp_path / 'out' / 'tensorboard' / 'fvar', 7)
@@ -742,26 +856,43 @@ def fails(error):
     return main
 
 
-@pytest.mark.parametrize('error, status, message', [
-    (UserError('--steps takes int'), 2, '--steps takes int'),
-    (FloatingPointError('ten steps in a row'), 1, 'ten steps in a row'),
-    (torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'), 1, 'out of memory: lower --batch_size'),
-    (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
-    (RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9'), 1,
-     'out of memory: lower --batch_size'),
-    (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
-    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1,
-     'an image-decoding process died (DataLoader worker'),
-    (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
-    (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
-    (OSError(errno.EDQUOT, 'Disk quota exceeded', 'out/a.pt'), 1, 'disk full while writing out/a.pt'),
-    (PermissionError(errno.EACCES, 'Permission denied', 'out/a.pt'), 2,
-     'out/a.pt: Permission denied; check the path and its permissions'),
-    (OSError(errno.EROFS, 'Read-only file system', 'out/a.pt'), 2, 'out/a.pt: Read-only file system'),
-    (NotADirectoryError(errno.ENOTDIR, 'Not a directory', 'out/a.pt'), 2, 'out/a.pt: Not a directory'),
-    (OSError(errno.EIO, 'Input/output error', 'out/a.pt'), 2, 'out/a.pt: Input/output error'),
-    (KeyboardInterrupt(), 130, 'interrupted'),
-], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value))
+@pytest.mark.parametrize(
+    'error, status, message',
+    [
+        (UserError('--steps takes int'), 2, '--steps takes int'),
+        (FloatingPointError('ten steps in a row'), 1, 'ten steps in a row'),
+        (
+            torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'),
+            1,
+            'out of memory: lower --batch_size',
+        ),
+        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
+        (
+            RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9'),
+            1,
+            'out of memory: lower --batch_size',
+        ),
+        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
+        (
+            RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
+            1,
+            'an image-decoding process died (DataLoader worker',
+        ),
+        (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
+        (OSError(errno.EDQUOT, 'Disk quota exceeded', 'out/a.pt'), 1, 'disk full while writing out/a.pt'),
+        (
+            PermissionError(errno.EACCES, 'Permission denied', 'out/a.pt'),
+            2,
+            'out/a.pt: Permission denied; check the path and its permissions',
+        ),
+        (OSError(errno.EROFS, 'Read-only file system', 'out/a.pt'), 2, 'out/a.pt: Read-only file system'),
+        (NotADirectoryError(errno.ENOTDIR, 'Not a directory', 'out/a.pt'), 2, 'out/a.pt: Not a directory'),
+        (OSError(errno.EIO, 'Input/output error', 'out/a.pt'), 2, 'out/a.pt: Input/output error'),
+        (KeyboardInterrupt(), 130, 'interrupted'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
 def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message):
     with pytest.raises(SystemExit) as stop:
         runtime.run(fails(error))
@@ -782,7 +913,9 @@ def test_out_of_memory_names_the_settings_to_change(capsys):
         assert capsys.readouterr().err == f'error: out of memory: {message}'
 
 
-@pytest.mark.parametrize('error', [ValueError('a bug'), RuntimeError('shapes'), OSError(errno.EIO, 'Input/output error')])
+@pytest.mark.parametrize(
+    'error', [ValueError('a bug'), RuntimeError('shapes'), OSError(errno.EIO, 'Input/output error')]
+)
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         runtime.run(fails(error))
@@ -831,7 +964,7 @@ def test_waiting_for_data_is_counted_from_the_second_item_on(monkeypatch):
     assert supply.share() == pytest.approx(3 / 30)
 
 
-SLOW_RANK = '''
+SLOW_RANK = """
 import os, signal, time
 import torch
 from util import checkpoint as files, runtime
@@ -846,14 +979,29 @@ def main():
     runtime.barrier()
     print(f'restarted {not first}, together {both:.0f}', flush=True)
 
-runtime.run(main)                                           # which takes leave of the others: without it gloo may abort at exit
-'''
+runtime.run(main)       # leaves the process group, without which gloo may abort at exit
+"""
 
 
 def test_ranks_that_torchrun_restarts_do_not_look_for_the_dead_one(tmp_path):
-    """The other one starts later here than the one that lived: it must be waited for, and not called at its old address."""
+    """The restarted rank is late here: the other one must wait for it, and not use its old address."""
     (tmp_path / 'job.py').write_text(SLOW_RANK)
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'job.py']
-    done = subprocess.run([sys.executable, *torchrun], cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1'},
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count('restarted True, together 2') == 2, done.stdout + done.stderr
+    torchrun = [
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        '--max-restarts=1',
+        'job.py',
+    ]
+    done = subprocess.run(
+        [sys.executable, *torchrun],
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stdout.count('restarted True, together 2') == 2, (
+        done.stdout + done.stderr
+    )
