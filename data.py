@@ -3,7 +3,7 @@
     train = open_dataset('charts', 'train', image_size=32)            # drawn in memory, nothing to download
     train = open_dataset('path/to/folder', 'train', image_size=256)   # train/<class>/*.jpg, val/<class>/*.jpg
     for images, labels in batches(train, batch_size=64, seed=0): ...  # endless
-    for images, labels in in_order(val, batch_size=64): ...           # once
+    images, labels = evenly_spaced(val, 64)                           # centre crops, one batch
 
 Images stay uint8 (3, S, S) until they are on the device; normalize() makes them float in [−1, 1]. The order
 of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even on
@@ -227,14 +227,10 @@ def batches(dataset, batch_size, seed, start=0, workers=0):
     return fetch(dataset, endless_keys(len(dataset), batch_size, seed, start), workers)
 
 
-def in_order(dataset, batch_size, count=None):
-    """Iterator over centre crops of the whole data set, in batches as above; the last one may be shorter.
-
-    count: only this many items, evenly spaced, because folders are sorted by class.
-    """
-    count = min(count or len(dataset), len(dataset))
-    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return fetch(dataset, [indices[i:i + batch_size] for i in range(0, count, batch_size)])
+def evenly_spaced(dataset, count):
+    """Centre crops and labels of at most `count` items, evenly spaced because folders are sorted by class."""
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    return next(fetch(dataset, [indices.tolist()]))
 
 
 def fetch(dataset, batches_of_keys, workers=0):
@@ -294,10 +290,13 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     """
     path, description = Path(path), Path(f'{path}.json')
     size = rows * columns * np.dtype(dtype).itemsize
-    kept = read_json(description) == made_with and path.is_file() and path.stat().st_size == size
+    known = read_json(description) or {}
+    kept = known == made_with and path.is_file() and path.stat().st_size == size
     if runtime.rank() == 0 and not kept:
         if path.exists():
-            runtime.say(f'{path} has other settings or is damaged: starting again')
+            changed = [name for name in made_with if known.get(name) != made_with[name]]
+            reason = f'was made with other settings ({", ".join(changed)})' if changed else 'is damaged'
+            runtime.say(f'{path} {reason}: starting again')
         close_table(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if size > shutil.disk_usage(path.parent).free:

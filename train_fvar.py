@@ -208,7 +208,8 @@ def main():
     # device, data
     dev = runtime.start(device, seed)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_images', 'save_every', 'log_every')
-    runtime.require_shares(config, 'class_dropout', 'drop_path')
+    if max(class_dropout, drop_path) > 1:
+        raise UserError(f'class_dropout={class_dropout}, drop_path={drop_path}: must be at most 1')
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, _ = load_tokenizers(tokenizer_file, dev)

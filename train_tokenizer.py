@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, configure
-from data import batches, in_order, normalize, open_dataset
+from data import batches, evenly_spaced, normalize, open_dataset
 from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime
@@ -342,7 +342,7 @@ def main():
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     train = open_dataset(data, 'train', image_size, flip=flip)
     held_out = open_dataset(data, 'val', image_size)
-    validation, _ = next(in_order(held_out, eval_images, count=eval_images))
+    validation, _ = evenly_spaced(held_out, eval_images)
 
     # networks
     run = set_up(dev)

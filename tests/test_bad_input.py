@@ -516,7 +516,12 @@ BAD = {
     ),
     'three betas': ('train_fvar', '--betas=0.9,0.9,0.9', None, 'betas=(0.9, 0.9, 0.9): give two numbers'),
     'beta beyond one': ('train_tokenizer', '--betas=0.9,1.5', None, 'betas=(0.9, 1.5): give two numbers'),
-    'share beyond one': ('train_fvar', '--class_dropout=1.5', None, 'class_dropout=1.5: must be at most 1'),
+    'share beyond one': (
+        'train_fvar',
+        '--class_dropout=1.5',
+        None,
+        'class_dropout=1.5, drop_path=-1.0: must be at most 1',
+    ),
     'heads that do not divide': (
         'train_fvar',
         '--num_heads=3',

@@ -17,7 +17,7 @@ from data import (
     TokenDataset,
     batches,
     endless_keys,
-    in_order,
+    evenly_spaced,
     normalize,
     open_dataset,
     open_table,
@@ -183,10 +183,10 @@ def test_batches_of_charts_follow_the_keys(charts, monkeypatch):
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
 
 
-def test_in_order_shows_everything_once(charts):
-    parts = list(in_order(charts, 128))
-    assert [len(labels) for _, labels in parts] == [128, 128, 44]
-    assert torch.equal(torch.cat([images for images, _ in parts]), charts.images)
+def test_evenly_spaced_items_may_be_all(charts):
+    for count in (300, 1000):
+        images, labels = evenly_spaced(charts, count)
+        assert torch.equal(images, charts.images) and torch.equal(labels, charts.labels)
 
 
 # -----------------------------------------------------------------------------
@@ -213,13 +213,13 @@ def folder(tmp_path):
 
 def test_some_items_are_spread_over_all_classes(folder):
     dataset = ImageFolder(folder, 'train', 8)
-    labels = torch.cat([labels for _, labels in in_order(dataset, 2, count=3)])
+    _, labels = evenly_spaced(dataset, 3)
     assert labels.tolist() == [
         int(dataset.labels[i]) for i in (0, round((len(dataset) - 1) / 2), len(dataset) - 1)
     ]
     assert labels[0] == 0 and labels[-1] == len(dataset.classes) - 1
-    everything = torch.cat([labels for _, labels in in_order(dataset, 2, count=99)])
-    assert everything.tolist() == dataset.labels.tolist()
+    images, everything = evenly_spaced(dataset, 99)
+    assert everything.tolist() == dataset.labels.tolist() and torch.equal(images[1], dataset[1][0])
 
 
 def test_folder_finds_every_picture_in_order(folder):
@@ -472,13 +472,6 @@ def test_open_dataset_passes_flip_and_seed_on_to_folders_alone(folder):
     assert not torch.equal(crops(flip=True), crops())
     charts = [open_dataset('charts:10', 'train', 8, seed=seed).images for seed in (0, 1)]
     assert torch.equal(*charts)
-
-
-def test_a_folder_in_order(folder):
-    dataset = ImageFolder(folder, 'train', 16)
-    parts = list(in_order(dataset, 3))
-    assert [len(labels) for _, labels in parts] == [3, 3, 2]
-    assert torch.equal(parts[0][0][1], dataset[1][0])
 
 
 # -----------------------------------------------------------------------------

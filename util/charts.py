@@ -31,7 +31,8 @@ def cover(distance):
 
 def place(rng, x, y, shift, turn=math.pi):
     """The grid's coordinates (T, T) seen from a random centre (± shift) and angle (± turn radians)."""
-    x, y = x - rng.uniform(-shift, shift), y - rng.uniform(-shift, shift)
+    x = x - rng.uniform(-shift, shift)
+    y = y - rng.uniform(-shift, shift)
     angle = rng.uniform(-turn, turn)
     cosine, sine = math.cos(angle), math.sin(angle)
     return cosine * x + sine * y, cosine * y - sine * x

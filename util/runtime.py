@@ -87,13 +87,6 @@ def require_positive(settings, *names):
             raise UserError(f'{name}={settings[name]}: must be at least 1')
 
 
-def require_shares(settings, *names):
-    """Raises UserError if one of these settings is above 1."""
-    for name in names:
-        if settings[name] > 1:
-            raise UserError(f'{name}={settings[name]}: must be at most 1')
-
-
 @torch.no_grad()
 def broadcast_weights(module):
     """Copies rank 0's parameters to every rank."""
