@@ -53,8 +53,8 @@ class SelfAttention(nn.Module):
             q = (F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()).to(v.dtype)
             k, scale = F.normalize(k, dim=-1).to(v.dtype), 1.0
         if cache is not None:
-            cache.append((k, v))
-            k, v = (torch.cat(maps, 2) for maps in zip(*cache))
+            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] or [k, v]
+            k, v = cache
         if maps is None:
             h = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
@@ -84,7 +84,8 @@ def block_causal_attention(q, k, v, lengths, mask, scale):
 class MLP(nn.Module):
     def __init__(self, embed_dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(embed_dim, hidden), nn.Linear(hidden, embed_dim)
+        self.fc1 = nn.Linear(embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, embed_dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
@@ -124,9 +125,9 @@ class Block(nn.Module):
 
     def forward(self, x, condition, maps=None, cache=None, drop_path_mask=(1, 1), alias=None,
                 modulation=None):
-        """maps: VAR.maps() for block-causal attention; None lets all positions see all. cache: the keys and
-        values of earlier maps, a list that grows. drop_path_mask: factors of the branches, numbers or (B,
-        1, 1). alias: what alias_attention attends to. modulation: modulation(condition), if already
+        """maps: VAR.maps() for block-causal attention; None lets all positions see all. cache: keys and
+        values of earlier maps, an empty list at first. drop_path_mask: factors of the branches, numbers or
+        (B, 1, 1). alias: what alias_attention attends to. modulation: modulation(condition), if already
         known."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation or self.modulation(condition)
         attended = self.attention(modulate(x, scale1, shift1), maps, cache)
@@ -175,11 +176,15 @@ class VAR(nn.Module):
     def __init__(self, patch_nums, vocab_size=8192, codebook_dim=32, num_classes=1000, depth=16, embed_dim=0,
                  num_heads=0, mlp_ratio=4.0, qk_norm=True, shared_aln=False, drop_path=-1.0):
         super().__init__()
-        embed_dim, num_heads = embed_dim or 64 * depth, num_heads or depth
+        embed_dim = embed_dim or 64 * depth
+        num_heads = num_heads or depth
         if embed_dim % num_heads:
             raise UserError(f'embed_dim={embed_dim} is not a multiple of num_heads={num_heads}')
-        self.patch_nums, self.num_classes, self.num_heads = tuple(patch_nums), num_classes, num_heads
-        self.drop_path, self.grad_checkpoint = 0.1 * depth / 24 if drop_path < 0 else drop_path, False
+        self.patch_nums = tuple(patch_nums)
+        self.num_classes = num_classes
+        self.num_heads = num_heads
+        self.drop_path = 0.1 * depth / 24 if drop_path < 0 else drop_path
+        self.grad_checkpoint = False
         self.lengths = [p * p for p in patch_nums]
         self.word_embed = nn.Linear(codebook_dim, embed_dim)
         self.class_embed = nn.Embedding(num_classes + 1, embed_dim)
@@ -197,7 +202,8 @@ class VAR(nn.Module):
 
     def init_weights(self):
         """All initial values, as in VAR: truncated normals, and blocks that start near the identity."""
-        embed_dim, depth = self.word_embed.out_features, len(self.blocks)
+        embed_dim = self.word_embed.out_features
+        depth = len(self.blocks)
         std = math.sqrt(1 / (3 * embed_dim))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -281,7 +287,9 @@ class VAR(nn.Module):
         smooth: feed back Gumbel-softmax mixtures of codes (VAR's "more smooth": prettier, but not for FID).
         given: the first few token maps, (B, p_k²) or (1, p_k²), with −1 for the tokens to sample (editing).
         """
-        B, device, V = len(labels), labels.device, self.head.out_features
+        B = len(labels)
+        device = labels.device
+        V = self.head.out_features
         per_picture = isinstance(generator, list)
 
         def random(fill, *shape, dtype=torch.float32):
@@ -290,7 +298,8 @@ class VAR(nn.Module):
                 return to_device(torch.stack(numbers), device)
             return fill(torch.empty(B, *shape, dtype=dtype, device=device), generator=generator)
 
-        exponential, uniform = torch.Tensor.exponential_, torch.Tensor.uniform_
+        exponential = torch.Tensor.exponential_
+        uniform = torch.Tensor.uniform_
         randoms, gumbels = [], []
         for n in self.lengths:
             if per_picture:
@@ -319,7 +328,9 @@ class VAR(nn.Module):
 
         codes = quantizer.codebook.weight
         f_hat = codes.new_zeros(B, codes.shape[1], self.patch_nums[-1], self.patch_nums[-1])
-        x, tokens, start = condition.embedding[:, None] + self.start, [], 0
+        x = condition.embedding[:, None] + self.start
+        tokens = []
+        start = 0
         for k, p in enumerate(self.patch_nums):
             if k:
                 inputs = area(f_hat, p).flatten(2).transpose(1, 2)
@@ -427,7 +438,8 @@ class AliasGateCrossAttention(nn.Module):
         super().__init__()
         self.num_heads, self.start = num_heads, start
         self.query, self.key, self.value = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
-        self.gate, self.proj = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
+        self.gate = nn.Linear(embed_dim, embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
         self.register_buffer('mask', mask, persistent=False)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -456,14 +468,17 @@ class Teacher(nn.Module):
     def __init__(self, student, alias_vocab_size, alias_scales=2, teacher_blocks=2, shared_blocks=-1):
         super().__init__()
         depth, K = len(student.blocks), len(student.patch_nums)
-        embed_dim, lengths = student.word_embed.out_features, student.lengths
+        embed_dim = student.word_embed.out_features
+        lengths = student.lengths
         shared_blocks = depth - teacher_blocks if shared_blocks < 0 else shared_blocks
         if not 1 <= teacher_blocks <= depth or shared_blocks > depth - teacher_blocks:
             raise UserError(f'teacher_blocks={teacher_blocks} and shared_blocks={shared_blocks} do not fit '
                             f'depth={depth}: teacher_blocks must be at least 1, and their sum at most depth')
         if not 1 <= alias_scales <= K - 1:
             raise UserError(f'alias_scales={alias_scales}: {K} token maps allow 1 to {K - 1}')
-        self.shared_blocks, self.teacher_blocks, self.lengths = shared_blocks, teacher_blocks, lengths
+        self.shared_blocks = shared_blocks
+        self.teacher_blocks = teacher_blocks
+        self.lengths = lengths
         self.grad_checkpoint = False
         self.start = sum(lengths[:-alias_scales])           # the first position that sees alias tokens
         map_of = map_of_position(student.patch_nums)
@@ -473,7 +488,8 @@ class Teacher(nn.Module):
         self.blocks = copy.deepcopy(student.blocks[shared_blocks:])
         for block in self.blocks[-teacher_blocks:]:
             block.alias_attention = AliasGateCrossAttention(embed_dim, student.num_heads, self.start, mask)
-        self.head_ada, self.head = copy.deepcopy(student.head_ada), copy.deepcopy(student.head)
+        self.head_ada = copy.deepcopy(student.head_ada)
+        self.head = copy.deepcopy(student.head)
         self.register_buffer('mask', student.mask, persistent=False)
         self.register_buffer('map_of_alias', map_of_alias, persistent=False)
         self.alias_embed = nn.Embedding(alias_vocab_size, embed_dim)
@@ -521,7 +537,8 @@ class FVAR(nn.Module):
     def __init__(self, student, teacher=None, lambda_feat=1.0, lambda_logit=0.5):
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.lambda_feat, self.lambda_logit = lambda_feat, lambda_logit
+        self.lambda_feat = lambda_feat
+        self.lambda_logit = lambda_logit
 
     def forward(self, labels, inputs, structure_tokens, alias_tokens, drop_path_mask=None,
                 distill_weight=1.0):

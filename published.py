@@ -97,7 +97,8 @@ def sizes_of(patch_nums):
 def published_patch_nums(var_state_dict):
     """VAR's token maps at 256 or 512 px, whichever fits a transformer's weights, which do not hold them."""
     var = published_var(var_state_dict)
-    maps, tokens = len(var['lvl_embed.weight']), var['pos_1LC'].shape[1]
+    maps = len(var['lvl_embed.weight'])
+    tokens = var['pos_1LC'].shape[1]
     for patch_nums in PUBLISHED_PATCH_NUMS:
         if (maps, tokens) == sizes_of(patch_nums):
             return patch_nums
@@ -125,7 +126,8 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
 def load_official_tokenizer(vae_state_dict, patch_nums):
     vae = published_vae(vae_state_dict)
     vocab_size, codebook_dim = vae['quantize.embedding.weight'].shape
-    channels, levels = len(vae['encoder.conv_in.weight']), vae.count(r'encoder\.down\.(\d+)\.')
+    channels = len(vae['encoder.conv_in.weight'])
+    levels = vae.count(r'encoder\.down\.(\d+)\.')
     tokenizer = StructureTokenizer(
         image_size=patch_nums[-1] * 2 ** (levels - 1), patch_nums=patch_nums, vocab_size=vocab_size,
         codebook_dim=codebook_dim, channels=channels, pyramid='scale',
@@ -138,7 +140,8 @@ def load_official_tokenizer(vae_state_dict, patch_nums):
 
 def fill_official_tokenizer(tokenizer, vae_state_dict):
     """Loads published weights into a StructureTokenizer of any pyramid. UserError if they do not fit."""
-    vae, levels = published_vae(vae_state_dict), len(tokenizer.encoder.levels)
+    vae = published_vae(vae_state_dict)
+    levels = len(tokenizer.encoder.levels)
     hits = vae['quantize.ema_vocab_hit_SV']
     if len(hits) != len(tokenizer.patch_nums):              # counts for other maps: start anew, as VAR does
         vae['quantize.ema_vocab_hit_SV'] = hits.new_zeros(len(tokenizer.patch_nums), hits.shape[1])
@@ -147,14 +150,16 @@ def fill_official_tokenizer(tokenizer, vae_state_dict):
 
 def load_official_student(var_state_dict, patch_nums, num_heads=None):
     var = published_var(var_state_dict)
-    maps, tokens = len(var['lvl_embed.weight']), var['pos_1LC'].shape[1]
+    maps = len(var['lvl_embed.weight'])
+    tokens = var['pos_1LC'].shape[1]
     if (maps, tokens) != sizes_of(patch_nums) or var['pos_start'].shape[1] != patch_nums[0] ** 2:
         wanted_maps, wanted_tokens = sizes_of(patch_nums)
         raise UserError(f'this transformer has {maps} token maps with {tokens} tokens, '
                         f'patch_nums={tuple(patch_nums)} has {wanted_maps} with {wanted_tokens}: give the '
                         'patch_nums it was trained with')
     embed_dim, codebook_dim = var['word_embed.weight'].shape
-    depth, temperatures = var.count(r'blocks\.(\d+)\.'), var.get('blocks.0.attn.scale_mul_1H11')
+    depth = var.count(r'blocks\.(\d+)\.')
+    temperatures = var.get('blocks.0.attn.scale_mul_1H11')
     if num_heads is None:
         num_heads = depth if temperatures is None else temperatures.shape[1]
     student = VAR(
@@ -183,7 +188,8 @@ def load_renamed(module, published, published_name, what):
 
 def to_official(tokenizer, student):
     """(vae_state_dict, var_state_dict) under the published names and shapes: load_official's inverse."""
-    levels, mask = len(tokenizer.encoder.levels), block_causal_mask(student.patch_nums)
+    levels = len(tokenizer.encoder.levels)
+    mask = block_causal_mask(student.patch_nums)
     vae = {official_tokenizer_name(name, levels): value for name, value in tokenizer.state_dict().items()}
     var = {official_student_name(name): value for name, value in student.state_dict().items()}
     var['lvl_1L'] = student.map_of_position[None]
@@ -215,7 +221,8 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
     if not init_from or tokenizer:
         raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, '
                         'and no --tokenizer')
-    vae_weights, var_weights = read_weights(vae), read_weights(init_from)
+    vae_weights = read_weights(vae)
+    var_weights = read_weights(init_from)
     try:
         patch_nums = patch_nums or published_patch_nums(var_weights)
         structure, student = load_official(vae_weights, var_weights, patch_nums)

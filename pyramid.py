@@ -87,7 +87,8 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
     'states'   the paper's K = 4 states (12, 9, 3, 0 pixels), shared by groups of maps; only the last is sharp
     'matched'  ρ_k = ρ_max·s_k/s_1: blur in proportion to the sampling step
     """
-    rho_max, K = max_radius * image_size / 256, len(patch_nums)
+    rho_max = max_radius * image_size / 256
+    K = len(patch_nums)
     if K == 1:
         return [0.0]
     if schedule == 'cosine':
@@ -131,7 +132,8 @@ def convolve(images, weight, stride=1):
 
 def convolve_fft(images, weight):
     """convolve(images, weight) by FFT: cheaper for wide kernels when no pixel is dropped."""
-    margin, (height, width) = weight.shape[-1] // 2, images.shape[-2:]
+    margin = weight.shape[-1] // 2
+    (height, width) = images.shape[-2:]
     padded = reflect_pad(images, margin)
     size = [fast_length(n) for n in padded.shape[-2:]]
     spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(weight.to(images), s=size)
@@ -172,7 +174,8 @@ def decimate(images, size):
 
 def defocus_decimate(images, radius, size, kernel='disk'):
     """decimate(defocus(images, radius), size), by the cheapest exact route."""
-    weight, side = psf(radius, kernel, images.device), images.shape[-1]
+    weight = psf(radius, kernel, images.device)
+    side = images.shape[-1]
     if weight.numel() > 1 and side % size == 0 and size < side:
         return convolve(images, weight, stride=side // size)
     return decimate(defocus(images, radius, kernel), size)
@@ -212,8 +215,9 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
     """
     betas = noise_levels(noise if kernel != 'none' else (0.0, 0.0), len(patch_nums))
     focused, downsampled = [], []
-    for k, size in enumerate(view_sizes(patch_nums, images.shape[-1])):
-        view = defocus_decimate(images, radii[k], size, kernel)
+    sizes = view_sizes(patch_nums, images.shape[-1])
+    for k, (size, radius) in enumerate(zip(sizes, radii)):
+        view = defocus_decimate(images, radius, size, kernel)
         focused.append(view + betas[k] * noise_like(view, k, generator) if betas[k] else view)
         downsampled.append(decimate(images, size))
     return focused, downsampled, [D - L for D, L in zip(downsampled, focused)]

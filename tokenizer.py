@@ -48,8 +48,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, width_in, width_out):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(width_out), nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.norm1 = group_norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = group_norm(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x):
@@ -63,7 +65,8 @@ class SpatialAttention(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm = group_norm(width)
-        self.qkv, self.proj = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -126,7 +129,8 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(*pair, res_blocks, i == last) for i, pair in enumerate(zip([channels, *widths], widths)))
         self.samplers = nn.ModuleList([*map(downsample, widths[:-1]), nn.Identity()])
-        self.middle, self.norm_out = middle(widths[-1]), group_norm(widths[-1])
+        self.middle = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], codebook_dim, 3, padding=1)
         init_convolutions(self)
 
@@ -148,7 +152,8 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(*pair, res_blocks + 1, i == 0) for i, pair in enumerate(zip([widths[0], *widths], widths)))
         self.samplers = nn.ModuleList([*map(upsample, widths[:-1]), nn.Identity()])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         init_convolutions(self)
 
     def hidden(self, x):
@@ -251,7 +256,8 @@ class Codebook(nn.Embedding):
 class MultiScaleQuantizer(nn.Module):
     """VAR's residual quantizer over token maps p_1 … p_K, with one target feature map e_k per token map.
 
-    φ_k is one of `phis` 3×3 convolutions, shared by neighboring maps and applied as ½h + ½conv(h).
+    φ_k is one of `phis` 3×3 convolutions, shared by neighboring maps and applied as ½h + ½conv(h): the one
+    whose tick is nearest to (k−1)/(K−1).
     """
 
     def __init__(self, patch_nums, vocab_size, codebook_dim, phis=4):
@@ -260,16 +266,14 @@ class MultiScaleQuantizer(nn.Module):
         self.codebook = Codebook(vocab_size, codebook_dim, len(patch_nums))
         self.phi = nn.ModuleList(nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(phis))
         edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # as published
-        self.ticks = np.linspace(edge, 1 - edge, phis)
-
-    def phi_of_map(self, k):
-        """The index of the φ whose tick is nearest to k/(K−1), with k counted from 0."""
-        return int(abs(self.ticks - k / max(1, len(self.patch_nums) - 1)).argmin())
+        ticks = np.linspace(edge, 1 - edge, phis)
+        places = [k / max(1, len(patch_nums) - 1) for k in range(len(patch_nums))]
+        self.phi_of_map = [int(abs(ticks - place).argmin()) for place in places]    # the nearest tick
 
     def refine(self, codes, k):
         """φ_k(bicubic(codes → p_K)), what map k adds to f̂: (B, C, p_k, p_k) → (B, C, p_K, p_K)."""
         h = bicubic(codes, self.patch_nums[-1])
-        return 0.5 * h + 0.5 * self.phi[self.phi_of_map(k)](h)
+        return 0.5 * h + 0.5 * self.phi[self.phi_of_map[k]](h)
 
     def accumulate(self, tokens):
         """f̂_1 … f̂_K from all token maps, or from a prefix of them. Each is (B, C, p_K, p_K)."""
@@ -355,7 +359,10 @@ class StructureTokenizer(nn.Module):
                             'choose focus or scale, and image or view')
         if len(noise) != 2 or min(noise) < 0:
             raise UserError(f'noise={tuple(noise)}: give two numbers, β_1 and β_K, both 0 or more')
-        self.image_size, self.patch_nums, self.noise, self.beta = image_size, tuple(patch_nums), noise, beta
+        self.image_size = image_size
+        self.patch_nums = tuple(patch_nums)
+        self.noise = noise
+        self.beta = beta
         self.pyramid, self.grad_checkpoint = pyramid, False
         self.focus_input, self.kernel = (focus_input, kernel) if pyramid == 'focus' else ('image', 'none')
         radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
@@ -437,7 +444,8 @@ class StructureTokenizer(nn.Module):
 
         state: index of the token map whose focus state is decoded too, into state_picture; None for none.
         """
-        features, p_K = self.state_features(images, generator), self.patch_nums[-1]
+        features = self.state_features(images, generator)
+        p_K = self.patch_nums[-1]
         targets = [area(f, p) for f, p in zip(features, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 
@@ -486,8 +494,11 @@ class AliasTokenizer(nn.Module):
                  res_blocks=1, beta=0.25, dual=True):
         super().__init__()
         check_sizes(structure.image_size, structure.patch_nums, channel_mult)
-        self.patch_nums, self.beta, self.dual = structure.patch_nums[:-1], beta, dual
-        self.reduction, self.grad_checkpoint = 2 ** (len(channel_mult) - 1), False
+        self.patch_nums = structure.patch_nums[:-1]
+        self.beta = beta
+        self.dual = dual
+        self.reduction = 2 ** (len(channel_mult) - 1)
+        self.grad_checkpoint = False
         self._structure = (structure,)                      # in a tuple, which keeps its weights out of ours
         self.register_buffer('scale', torch.zeros(len(self.patch_nums)))
         if dual:

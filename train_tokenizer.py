@@ -165,7 +165,8 @@ def forward(run, images, noise, step):
     views = alias.views(images, noise)
     energy = runtime.all_reduce(torch.stack([view.square().mean() for view in views]), average=True)
     if step < warm_start:
-        picture, no_loss = structure.autoencode(images), images.new_zeros(())
+        picture = structure.autoencode(images)
+        no_loss = images.new_zeros(())
         out = SimpleNamespace(picture=picture, state_picture=None, vq=no_loss, tokens=[], residuals=[])
     else:
         out = structure(images, noise, state)
@@ -216,7 +217,8 @@ def discriminator_step(run, passes, finite):
     total = 0
     for out in passes:
         with run.autocast():
-            real, fake = run.discriminator(out.real), run.discriminator(out.fake)
+            real = run.discriminator(out.real)
+            fake = run.discriminator(out.fake)
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / len(passes)
         loss.backward()
         total = total + loss.detach()
@@ -346,7 +348,9 @@ def main():
 
     # networks
     run = set_up(dev)
-    step, metrics, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
+    step = 0
+    metrics = {}
+    state_file = f'{out_dir}/tokenizer_state.pt'
     if resumes(init_from, state_file):
         step, metrics = resume(run, state_file)
     elif init_from not in ('scratch', 'auto'):
@@ -370,7 +374,8 @@ def main():
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', images_per_step=batch_size)
     order = batches(train, batch_size, seed, step, workers)
-    supply, saving = runtime.Waiting(order), runtime.Saving(save_every, save_seconds)
+    supply = runtime.Waiting(order)
+    saving = runtime.Saving(save_every, save_seconds)
     flops = flops_per_image() if step < steps else 0
     speed = runtime.Speed(batch_size, flops, runtime.peak_flops(dev, run.autocast))
     speed.start(step)

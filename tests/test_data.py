@@ -507,7 +507,7 @@ def test_a_damaged_table_is_started_again(tmp_path, spoil):
 def test_a_table_of_other_settings_is_started_again_and_that_is_said(tmp_path, capsys):
     table_of(tmp_path)[:] = 1
     assert table_of(tmp_path, seed=1).tolist() == 5 * [[0, 0, 9]]
-    assert 'a.partial has other settings or is damaged: starting again' in capsys.readouterr().out
+    assert 'a.partial was made with other settings (seed): starting again' in capsys.readouterr().out
 
 
 def test_a_table_larger_than_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_checkpoints_save_memory_with_the_gan_on(gpu, configured, monkeypatch):
     """The adaptive weight asks for the gradient of the last convolution alone: nothing is computed again for it, and kept."""
     large = GAN | dict(image_size=96, patch_nums=(2, 3, 6), channels=32, channel_mult=(1, 1, 1, 1, 1), res_blocks=1, batch_size=8,
                        warm_start=0, gan_start=5)
-    monkeypatch.setattr(tokenizer, 'AT_ONCE', 4 * 96 ** 2)
+    monkeypatch.setattr(tokenizer, 'PIXELS_PER_PART', 4 * 96 ** 2)
     (with_gan, _), = stage1_steps(gpu, configured, (5,), **large, grad_checkpoint=True)
     (kept, _), = stage1_steps(gpu, configured, (5,), **large, grad_checkpoint=False)
     assert with_gan < 0.5 * kept
@@ -135,7 +135,7 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
     settings = settings | dict(out_dir=str(tmp_path), steps=4)
     if script is train_fvar:
         run(train_tokenizer, **STAGE1 | dict(data='charts:20', out_dir=str(tmp_path), steps=4))
-        settings['data'] = 'charts:20'
+        run(encode, data='charts:20', out_dir=str(tmp_path), dtype='float32', device='cpu')
     else:
         settings['data'] = 'charts:20'
     run(script, **settings)
@@ -151,7 +151,7 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
         with gpu.building():
             tokenizers = build_tokenizers(settings_of(train_tokenizer, STAGE1))
             ready = script.set_up(gpu.device, *([*tokenizers, 10] if script is train_fvar else []))
-        growth.begin(*filter(None, (ready.optimizer, getattr(ready, 'gan_optimizer', None))))
+        growth.begin(*(train_tokenizer.optimizers(ready) if script is train_tokenizer else [ready.optimizer]))
         before = gpu.live
         monkeypatch.setattr(script, 'load_checkpoint', watched)
         monkeypatch.setattr(script, 'check_same', lambda *_: None)     # the device is another
@@ -276,7 +276,7 @@ def test_encoder_and_decoder_compile_whole(monkeypatch):
 # -----------------------------------------------------------------------------
 # MFU
 
-@pytest.mark.parametrize('script, settings', [(train_tokenizer, STAGE1 | GAN), (train_fvar, STAGE2)], ids=['stage 1', 'stage 2'])
+@pytest.mark.parametrize('script, settings', [(train_tokenizer, STAGE1), (train_fvar, STAGE2)], ids=['stage 1', 'stage 2'])
 def test_operations_per_image_are_those_of_a_step(configured, counted, script, settings):
     """Counted on shapes alone, for the log's MFU; and counted as a step of one pass computes them."""
     with FakeGPU() as gpu:
@@ -292,5 +292,5 @@ def test_operations_per_image_are_those_of_a_step(configured, counted, script, s
             gpu.start()
             train_tokenizer.train_step(ready, 5, torch.empty(4, 3, 24, 24, device=gpu.device))
         of_step = gpu.flops / script.batch_size
-    arguments = [*tokenizers, 4] if script is train_fvar else [ready]
+    arguments = [*tokenizers, 4] if script is train_fvar else []
     assert script.flops_per_image(*arguments) == pytest.approx(of_step, rel=0.1)

@@ -396,7 +396,7 @@ def test_a_phi_serves_the_maps_nearest_to_its_tick():
         quantizer = MultiScaleQuantizer(range(1, maps + 1), vocab_size=4, codebook_dim=2)
         ticks = np.linspace(1 / 12, 11 / 12, 4)
         wanted = [int(np.abs(ticks - k / (maps - 1)).argmin()) for k in range(maps)]
-        assert [quantizer.phi_of_map(k) for k in range(maps)] == wanted
+        assert [quantizer.phi_of_map[k] for k in range(maps)] == wanted
 
 
 def test_counts_of_other_maps_start_anew():

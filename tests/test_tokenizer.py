@@ -177,7 +177,7 @@ def test_each_map_quantizes_what_the_maps_before_it_left_over():
             assert torch.equal(tokens[k], nearest_by_hand(left, quantizer.codebook.weight))
             code = quantizer.codebook.weight[tokens[k]].transpose(1, 2).reshape(2, 6, p, p)
             h = code if p == 8 else F.interpolate(code, (8, 8), mode='bicubic')
-            phi = quantizer.phi[quantizer.phi_of_map(k)]
+            phi = quantizer.phi[quantizer.phi_of_map[k]]
             before = before + 0.5 * h + 0.5 * F.conv2d(h, phi.weight, phi.bias, padding=1)
             torch.testing.assert_close(states[k], before)
     for state, again in zip(states, quantizer.accumulate(tokens), strict=True):
@@ -187,10 +187,10 @@ def test_each_map_quantizes_what_the_maps_before_it_left_over():
 def test_neighbouring_maps_share_a_phi():
     """The ten maps of a 256-pixel picture, four φ with ticks at 1/12, 13/36, 23/36, 11/12."""
     quantizer = MultiScaleQuantizer((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4, codebook_dim=2)
-    assert [quantizer.phi_of_map(k) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    assert [MultiScaleQuantizer(range(1, 5), 4, 2).phi_of_map(k) for k in range(4)] == [0, 1, 2, 3]
-    assert [MultiScaleQuantizer(range(1, 5), 4, 2, phis=1).phi_of_map(k) for k in range(4)] == [0] * 4
-    assert MultiScaleQuantizer((4,), 4, 2).phi_of_map(0) == 0
+    assert [quantizer.phi_of_map[k] for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert [MultiScaleQuantizer(range(1, 5), 4, 2).phi_of_map[k] for k in range(4)] == [0, 1, 2, 3]
+    assert [MultiScaleQuantizer(range(1, 5), 4, 2, phis=1).phi_of_map[k] for k in range(4)] == [0] * 4
+    assert MultiScaleQuantizer((4,), 4, 2).phi_of_map[0] == 0
 
 
 # -----------------------------------------------------------------------------
