@@ -96,7 +96,7 @@ def sample_positions(side, size):
     """Where decimate() reads its `size` samples, in pixels of the full-size image."""
     step = side / size
     start = 0 if side % size == 0 else (step - 1) / 2
-    return torch.arange(size, dtype=torch.float64) * step + start
+    return torch.arange(size).double() * step + start
 
 
 def view(images, radius, size, kernel):
@@ -109,7 +109,8 @@ def view(images, radius, size, kernel):
     margin = period * math.ceil(margin / period)
     border = margin * size // side                          # the margin in pixels of the view
     wrapped = F.pad(images, [margin] * 4, mode='circular')
-    return defocus_decimate(wrapped, radius, size + 2 * border, kernel)[..., border:-border, border:-border]
+    result = defocus_decimate(wrapped, radius, size + 2 * border, kernel)
+    return result[..., border:-border, border:-border]
 
 
 def energy(x):
@@ -118,7 +119,8 @@ def energy(x):
 
 def decibels(signal, error):
     """10·log10 of signal energy over error energy, at most EXACT."""
-    return min(EXACT, 10 * math.log10(energy(signal) / max(energy(error), 1e-30)))
+    ratio = energy(signal) / max(energy(error), 1e-30)
+    return min(EXACT, 10 * math.log10(ratio))
 
 
 # -----------------------------------------------------------------------------
@@ -145,8 +147,10 @@ def shift_error(images, radius, size, kernel, shifts):
     still = view(images, radius, size, kernel)
     errors = []
     for shift in shifts:
-        moved = view(images.roll((shift, shift), (-1, -2)), radius, size, kernel)
-        expected = band_limit(still, size, torch.arange(size) - shift * size / images.shape[-1])
+        moved = images.roll((shift, shift), (-1, -2))
+        moved = view(moved, radius, size, kernel)
+        where = torch.arange(size) - shift * size / images.shape[-1]
+        expected = band_limit(still, size, where)
         errors.append(moved - expected)
     return decibels(still, torch.stack(errors))
 
@@ -156,8 +160,9 @@ def zone_plate(side, top):
 
     Its frequency grows linearly from 0 in the centre to `top` cycles per pixel half a side away.
     """
-    t = torch.arange(side, dtype=torch.float64) - side / 2
-    phase = 2 * math.pi * top / side * (t[:, None] ** 2 + t ** 2)
+    t = torch.arange(side).double() - side / 2
+    squares = t[:, None] ** 2 + t ** 2
+    phase = 2 * math.pi * top / side * squares
     return torch.stack([phase.cos(), phase.sin()])[:, None]
 
 
@@ -172,14 +177,16 @@ def zone_contrast(side, radius, size, kernel):
     side, size = times * side, times * size
     nyquist = size / side / 2                               # cycles per pixel of the full-size image
     top = min(2 * nyquist, 0.5)
-    contrast = view(zone_plate(side, top), radius, size, kernel).square().sum(0)[0].sqrt()
-    across = (sample_positions(side, size) - side / 2).abs() * 2 * top / side       # frequency
+    plate = view(zone_plate(side, top), radius, size, kernel)
+    contrast = plate.square().sum(0)[0].sqrt()
+    t = (sample_positions(side, size) - side / 2).abs()
+    across = t * 2 * top / side                             # frequency along the axis
     down = across[:, None]
     larger = torch.maximum(down, across)
     inside = torch.hypot(down, across) < 0.9 * top          # away from the border, where plates meet
-    wanted = contrast[inside & (larger < 0.9 * nyquist)]
+    wanted = contrast[inside & (larger < 0.9 * nyquist)].mean().item()
     alias = contrast[inside & (larger > 1.1 * nyquist)]
-    return wanted.mean().item(), alias.mean().item() if len(alias) else None
+    return wanted, alias.mean().item() if len(alias) else None
 
 
 def measure_view(images, radius, size, kernel):
@@ -211,13 +218,15 @@ def edge_distance(where, middle, offsets, slope=0.0875):
     offsets (B,) shift the edges away from the middle of the picture, which is the position `middle`.
     """
     t = where - middle
-    line = t + slope * t[:, None]
-    return (line - offsets[:, None, None].double())[:, None] / math.hypot(1, slope)
+    t = t + slope * t[:, None]
+    t = t - offsets.double()[:, None, None]
+    return t[:, None] / math.hypot(1, slope)
 
 
 def slanted_edges(side, offsets):
     """Pictures (B, 1, side, side) in [−1, 1] of edges one pixel soft, whose MTF is sinc(f)."""
-    return (2 * edge_distance(torch.arange(side), side / 2, offsets)).clamp(-1, 1)
+    distance = edge_distance(torch.arange(side), side / 2, offsets)
+    return (2 * distance).clamp(-1, 1)
 
 
 def edge_mtf(values, distance, size):
@@ -237,10 +246,11 @@ def edge_mtf(values, distance, size):
     line = (binned(values) / count).diff()
     t = binned(distance) / count                            # pixels need not lie evenly in their bins
     t = (t[1:] + t[:-1]) / 2
-    window = 0.5 + 0.5 * torch.cos(math.pi * (2 * t.abs() / half - 1).clamp(0, 1))  # fades
-    line = line * window
+    outer = (2 * t.abs() / half - 1).clamp(0, 1)            # the outer half fades out
+    line = line * (0.5 + 0.5 * torch.cos(math.pi * outer))
     phase = torch.exp(2j * math.pi * torch.outer(FREQUENCIES, t))
-    mtf = (phase * line).sum(1).abs() / line.sum().abs().clamp(min=1e-6)
+    contrast = line.sum().abs().clamp(min=1e-6)
+    mtf = (phase * line).sum(1).abs() / contrast
     return mtf / torch.sinc(FREQUENCIES / BINS) ** 2        # undoes the bins and the differences
 
 
@@ -249,9 +259,11 @@ def edge_metrics(mtf):
 
     MTF50 is the first frequency where the MTF is one half: 1 if it never falls that low, 0 without an edge.
     """
-    i = int((mtf < 0.5).double().argmax())
-    around = [i, max(0, i - 1)]
-    mtf50 = float(np.interp(0.5, mtf[around], FREQUENCIES[around])) if mtf.min() < 0.5 else 1.0
+    mtf50 = 1.0
+    if mtf.min() < 0.5:
+        i = int((mtf < 0.5).double().argmax())
+        around = [i, max(0, i - 1)]
+        mtf50 = float(np.interp(0.5, mtf[around], FREQUENCIES[around]))
     return mtf50, mtf[FREQUENCIES > 0.5].mean().item()
 
 
@@ -269,9 +281,11 @@ def view_mtf(side, radius, size, kernel):
 
 def fade(images):
     """Pictures of mean zero under a Hann window, without the edge where a picture meets its repetition."""
-    t = (torch.arange(images.shape[-1], dtype=torch.float64) + 0.5) / images.shape[-1]
+    side = images.shape[-1]
+    t = (torch.arange(side).double() + 0.5) / side
     window = torch.sin(math.pi * t) ** 2
-    faded = window[:, None] * window * (images - images.mean((-1, -2), keepdim=True))
+    faded = images - images.mean((-1, -2), keepdim=True)
+    faded = window[:, None] * window * faded
     return faded - faded.mean((-1, -2), keepdim=True)
 
 
@@ -280,12 +294,13 @@ def radial_power(images):
 
     White noise has equal power in all rings but the first, which loses a little with the mean.
     """
-    spectrum = torch.fft.fft2(fade(images.double())).abs().square().mean((0, 1))
+    spectrum = torch.fft.fft2(fade(images.double()))
+    power = spectrum.abs().square().mean((0, 1))
     f = torch.fft.fftfreq(images.shape[-1], dtype=torch.float64)
     radius = torch.hypot(f[:, None], f)
     ring = (radius * 16).floor()
-    power = [spectrum[(ring == b) & (radius > 0)].mean() for b in range(8)]
-    return torch.stack(power).clamp(min=1e-12)
+    rings = [power[(ring == b) & (radius > 0)].mean() for b in range(8)]
+    return torch.stack(rings).clamp(min=1e-12)
 
 
 def spectrum_distance(images, real):
@@ -300,8 +315,11 @@ def spectrum_distance(images, real):
 def reconstruct(structure, images):
     """Encodes and decodes images (B, 3, S, S) of the tokenizer's size; returns them on the CPU."""
     dev = structure.quantizer.codebook.weight.device
-    decoded = [structure.decode(structure.encode(part.float().to(dev))) for part in images.split(batch_size)]
-    return torch.cat(decoded).float().cpu()
+    decoded = []
+    for part in images.split(batch_size):
+        tokens = structure.encode(part.float().to(dev))
+        decoded.append(structure.decode(tokens).float().cpu())
+    return torch.cat(decoded)
 
 
 def reconstruction_shift(structure, images, shifts):
@@ -315,7 +333,8 @@ def reconstruction_shift(structure, images, shifts):
     agreement = []
     for t in shifts:
         moved = reconstruct(structure, images[..., t:t + S, t:t + S])
-        agreement.append(min(EXACT, psnr(still[..., t:, t:], moved[..., :S - t, :S - t])))
+        overlap = moved[..., :S - t, :S - t]
+        agreement.append(min(EXACT, psnr(still[..., t:, t:], overlap)))
     return agreement, psnr(still, images[..., :S, :S])
 
 
@@ -327,8 +346,10 @@ def reconstruction_mtf(structure):
     side = structure.image_size
     offsets = (torch.arange(64) / 32 - 1) * side / structure.patch_nums[-1]
     edges = 0.8 * slanted_edges(side, offsets).expand(-1, 3, -1, -1)
-    distance = edge_distance(torch.arange(side), side / 2, offsets).expand_as(edges)
-    return [edge_mtf(images, distance, side) for images in (edges, reconstruct(structure, edges))]
+    distance = edge_distance(torch.arange(side), side / 2, offsets)
+    distance = distance.expand_as(edges)
+    decoded = reconstruct(structure, edges)
+    return edge_mtf(edges, distance, side), edge_mtf(decoded, distance, side)
 
 
 # -----------------------------------------------------------------------------
@@ -354,8 +375,11 @@ def measure_pyramid(images):
     for title, (form, *metrics) in TABLES.items():
         runtime.say(f'\n{title}\n     s' + ''.join(f'{name:>16}' for name in results))
         for views in zip(*results.values()):
-            cells = [' / '.join(show(row[metric], form) for metric in metrics) for row in views]
-            runtime.say(f'{views[0]["step"]:6.3g}' + ''.join(f'{cell:>16}' for cell in cells))
+            line = f'{views[0]["step"]:6.3g}'
+            for row in views:
+                cell = ' / '.join(show(row[metric], form) for metric in metrics)
+                line += f'{cell:>16}'
+            runtime.say(line)
     return results
 
 
@@ -379,8 +403,12 @@ def measure_tokenizer(structure, data_name):
 def measure_spectra(sets, real, labels):
     """Prints and returns the spectrum distance from real pictures of {name: images}, and of half of these."""
     order = labels.argsort(stable=True)                     # puts every class in both halves
-    distances = {name: spectrum_distance(images, real).tolist() for name, images in sets.items()}
-    distances['real, half/half'] = spectrum_distance(real[order[::2]], real[order[1::2]]).tolist()
+    distances = {
+        name: spectrum_distance(images, real).tolist()
+        for name, images in sets.items()
+    }
+    halves = real[order[::2]], real[order[1::2]]
+    distances['real, half/half'] = spectrum_distance(*halves).tolist()
     runtime.say(f'\nradial power relative to {len(real)} real pictures, dB in rings of 1/16 cycle per pixel')
     for name, values in distances.items():
         runtime.say(f'{name:15}' + ''.join(f'{value:+7.2f}' for value in values))
@@ -392,13 +420,16 @@ def draw_zone_plate():
     plate, cells = zone_plate(image_size, 0.5)[:1], []
     for _, (radius, size, kernel) in filtered_views():
         if image_size % size == 0:
-            cells.append(F.interpolate(view(plate, radius, size, kernel), (256, 256)))
-    return picture_grid(torch.cat(cells).expand(-1, 3, -1, -1), len(cells) // len(FILTERS), list(FILTERS))
+            cell = view(plate, radius, size, kernel)
+            cells.append(F.interpolate(cell, (256, 256)))
+    columns = len(cells) // len(FILTERS)
+    return picture_grid(torch.cat(cells).expand(-1, 3, -1, -1), columns, list(FILTERS))
 
 
 def main():
     runtime.require_positive(config, 'image_size', 'pictures', 'batch_size')
-    if not patch_nums or patch_nums[0] < 1 or list(patch_nums) != sorted(set(patch_nums)) or real_images < 2:
+    grows = list(patch_nums) == sorted(set(patch_nums))
+    if not grows or min(patch_nums, default=0) < 1 or real_images < 2:
         raise UserError(f'patch_nums={patch_nums} must grow from at least 1, and real_images={real_images} '
                         'must be at least 2')
     dev = runtime.start(device)

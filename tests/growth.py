@@ -1,8 +1,8 @@
-"""What every configuration of config/ needs on eight A100-80G: memory, FLOPs, hours and disk. Computed, not measured.
+"""Memory, FLOPs, hours and disk of every configuration on eight A100-80G. Computed, not measured.
 
     make growth
 
-Whole training steps run at their real size on a GPU that is not there (fakegpu.py).
+Whole training steps run at their real size on a GPU that does not exist (fakegpu.py).
 """
 import sys
 from contextlib import contextmanager
@@ -24,21 +24,29 @@ from util import runtime
 
 A100 = 312e12                   # FLOP/s in bfloat16, from NVIDIA's data sheet
 GPUS = 8
+UTILIZATION = 0.4               # fraction of the peak that the hours assume
+IMAGENET = 1_281_167            # training images
 STAGE_1 = ('tokenizer_256', 'tokenizer_512', 'tokenizer_1024')
-STAGE_2 = {'d12': 'tokenizer_256', 'd16': 'tokenizer_256', 'd20': 'tokenizer_256', 'd24': 'tokenizer_256',
-           'd36_512': 'tokenizer_512', 'd16_1024': 'tokenizer_1024'}
-SHARE = 0.4                     # of the peak, as the hours suppose
+STAGE_2 = {
+    'd12': 'tokenizer_256',
+    'd16': 'tokenizer_256',
+    'd20': 'tokenizer_256',
+    'd24': 'tokenizer_256',
+    'd36_512': 'tokenizer_512',
+    'd16_1024': 'tokenizer_1024',
+}
 
 
 @contextmanager
 def configured(script, file, **changes):
-    """An imported training script, one of eight ranks, with the settings of a configuration; yields these.
+    """An imported training script as one of eight ranks, with the settings of a configuration; yields these.
 
-    A step has one pass: begin() leaves gradients as if there had been others before it.
+    A step has a single pass. begin() leaves gradients behind, as earlier passes would.
     """
     values = settings(script, file) | changes
     values |= {'batch_size': values['batch_size'] // values['grad_accum_steps'], 'grad_accum_steps': 1}
-    with mock.patch.multiple(script, **values, config=values), mock.patch.dict('os.environ', {'RANK': '0', 'WORLD_SIZE': str(GPUS)}):
+    ranks = {'RANK': '0', 'WORLD_SIZE': str(GPUS)}
+    with mock.patch.multiple(script, **values, config=values), mock.patch.dict('os.environ', ranks):
         yield SimpleNamespace(**values)
 
 
@@ -57,7 +65,7 @@ LOAD_LPIPS = train_tokenizer.load_lpips
 
 
 def begin(*optimizers):
-    """Gives optimizers the state that they have from their first step on, and their weights gradients."""
+    """Gives optimizers the state that they have after their first step, and their weights gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group['params']:
@@ -65,78 +73,104 @@ def begin(*optimizers):
         optimizer.step()
 
 
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def stage1_on_a_gpu(gpu, file, **changes):
-    """(run, what a step of stage 1 with all terms of its loss needs, what a validation needs, pictures at a time)."""
-    with configured(train_tokenizer, file, **changes) as c, mock.patch.object(train_tokenizer, 'load_lpips', stand_in_lpips):
+    """(run, cost of a step of stage 1 with all loss terms, cost of a validation, images per step and GPU)."""
+    lpips = mock.patch.object(train_tokenizer, 'load_lpips', stand_in_lpips)
+    with configured(train_tokenizer, file, **changes) as c, lpips:
         with gpu.building():
             run = train_tokenizer.set_up(gpu.device)
-        begin(*filter(None, (run.optimizer, run.gan_optimizer)))
-        share = runtime.share_of_batch(c.batch_size)
-        images = torch.empty(share, 3, c.image_size, c.image_size, device=gpu.device).contiguous(memory_format=torch.channels_last)
-        train = observed(gpu, lambda: train_tokenizer.train_step(run, c.gan_start, images))
-        images = None                                       # or its memory would count below
-        held_out = torch.zeros(share, 3, c.image_size, c.image_size, dtype=torch.uint8)
-        validation = observed(gpu, lambda: train_tokenizer.validate(run.structure, run.alias, held_out, share, gpu.device))
-        return run, train, validation, share
+        begin(*train_tokenizer.optimizers(run))
+        batch = runtime.share_of_batch(c.batch_size)
+        shape = batch, 3, c.image_size, c.image_size
+        images = torch.empty(shape, device=gpu.device).contiguous(memory_format=torch.channels_last)
+        train = observed(gpu, train_tokenizer.train_step, run, c.gan_start, images)
+        images = None                                       # its memory would count below
+        held_out = torch.zeros(shape, dtype=torch.uint8)
+        validation = observed(
+            gpu, train_tokenizer.validate, run.structure, run.alias, held_out, batch, gpu.device)
+        return run, train, validation, batch
 
 
-def stage2_on_a_gpu(gpu, first, file, **changes):
-    """The same of stage 2. With fsdp everything is computed whole, and then what other ranks would hold is taken off."""
+def stage2_on_a_gpu(gpu, stage1_file, file, **changes):
+    """The same for stage 2. With fsdp, all is computed whole; what other ranks hold is then subtracted."""
     with configured(train_fvar, file, **{'fsdp': False} | changes) as c:
         with gpu.building():
-            structure, alias = build_tokenizers(settings(train_tokenizer, first))
+            structure, alias = build_tokenizers(settings(train_tokenizer, stage1_file))
             run = train_fvar.set_up(gpu.device, structure.requires_grad_(False), alias, num_classes=1000)
         begin(run.optimizer)
-        share = runtime.share_of_batch(c.batch_size)
-        sizes = (sum(run.student.lengths),), (sum(run.student.lengths[:-1]),), ()
-        batch = [torch.zeros(share, *size, dtype=torch.int64, device=gpu.device) for size in sizes]
-        train = observed(gpu, lambda: train_fvar.train_step(run, run.network, 0, batch))
-        held_out = [torch.zeros(share, *size, dtype=torch.int64) for size in sizes]
-        validation = observed(gpu, lambda: held_out_loss(run.network, structure, [held_out], gpu.device, run.autocast))
+        batch = runtime.share_of_batch(c.batch_size)
+        lengths = run.network.student.lengths
+        shapes = (batch, sum(lengths)), (batch, sum(lengths[:-1])), (batch,)
+        tokens = [torch.zeros(shape, dtype=torch.int64, device=gpu.device) for shape in shapes]
+        train = observed(gpu, train_fvar.train_step, run, run.network, 0, tokens)
+        held_out = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+        validation = observed(
+            gpu, held_out_loss, run.network, structure, [held_out], gpu.device, run.autocast)
         if settings(train_fvar, file)['fsdp']:
-            block = max(map(train_fvar.count_parameters, train_fvar.blocks_of(run.network))) * 1e6
-            # 16 bytes a parameter for weights, gradients and Adam; two blocks are whole at a time, weights in 16 bits, gradients in 32
-            spared = 16 * train_fvar.count_parameters(run.network) * 1e6 * (GPUS - 1) / GPUS - 2 * (2 + 4) * block
+            # weights, gradients and Adam take 16 bytes per parameter; two blocks at a time are whole, with
+            # weights in 16 bits and gradients in 32
+            block = max(map(count_parameters, train_fvar.blocks_of(run.network)))
+            spared = 16 * count_parameters(run.network) * (GPUS - 1) / GPUS - 2 * (2 + 4) * block
             train['bytes'] -= spared
             validation['bytes'] -= spared
-        return run, train, validation, share
+        return run, train, validation, batch
 
 
-def observed(gpu, function):
-    """Bytes at the peak, FLOPs and waits of a call."""
+def observed(gpu, function, *arguments):
+    """Peak memory in bytes, FLOPs and waits of a call."""
     gpu.start()
-    function()
+    function(*arguments)
     return {'bytes': gpu.peak, 'flops': gpu.flops, 'waits': dict(+gpu.waits)}
 
 
+def cost(name):
+    """One row of the table."""
+    file, disk = f'config/{name}.py', 0
+    with FakeGPU() as gpu:
+        if name in STAGE_1:
+            run, train, validation, batch = stage1_on_a_gpu(gpu, file)
+            values, network = settings(train_tokenizer, file), run.networks
+            lengths = [p * p for p in values['patch_nums']]
+            columns = 2 * sum(lengths) - lengths[-1] + 1    # structure tokens, alias tokens, label
+            disk = IMAGENET * settings(encode, file)['crops'] * 2 * columns
+        else:
+            run, train, validation, batch = stage2_on_a_gpu(gpu, f'config/{STAGE_2[name]}.py', file)
+            values, network = settings(train_fvar, file), run.network
+        parameters = count_parameters(network)
+        # a checkpoint of the weights and one with both of Adam's averages, each with the one before it
+        disk += 2 * (12 + 4) * parameters
+        flops_per_image = train['flops'] / batch
+        images = values['batch_size'] * values['steps']
+        return {
+            'config': name,
+            'parameters': parameters,
+            'tokens': sum(p * p for p in run.structure.patch_nums),
+            'gib': train['bytes'] / 2 ** 30,
+            'gib_validation': validation['bytes'] / 2 ** 30,
+            'tflop_per_image': flops_per_image / 1e12,
+            'hours': flops_per_image * images / (GPUS * A100 * UTILIZATION) / 3600,
+            'disk_gb': disk / 1e9,
+        }
+
+
 def growth():
-    """Prints what every configuration of config/ needs on eight A100-80G, from whole training steps on a GPU that is not there."""
-    runtime.say(f'computed, not measured: {GPUS} × A100-80G at {SHARE:.0%} of their peak, the batch and the steps of the configuration\n'
-                f'{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} {"TFLOP/image":>12} '
-                f'{"hours":>6} {"disk, GB":>9}')
+    """Prints and returns the cost of every configuration."""
+    runtime.say(
+        f'computed, not measured: {GPUS} × A100-80G at {UTILIZATION:.0%} of their peak, batch and steps as '
+        f'configured\n{"":14} {"params":>7} {"tokens":>6} {"GiB per GPU":>12} {"validating":>11} '
+        f'{"TFLOP/image":>12} {"hours":>6} {"disk, GB":>9}')
     table = []
-    for name in STAGE_1 + tuple(STAGE_2):
-        gpu = FakeGPU()
-        with gpu:
-            file, first = f'config/{name}.py', f'config/{STAGE_2.get(name)}.py'
-            if name in STAGE_1:
-                run, train, validation, images = stage1_on_a_gpu(gpu, file)
-                values, network = settings(train_tokenizer, file), run.networks
-                disk = 1_281_167 * settings(encode, file)['crops'] * 2 * (1 + sum(2 * p * p for p in values['patch_nums'])
-                                                                          - values['patch_nums'][-1] ** 2)
-            else:
-                run, train, validation, images = stage2_on_a_gpu(gpu, first, file)
-                values, network, disk = settings(train_fvar, file), run.network, 0
-            parameters = sum(p.numel() for p in network.parameters())
-            disk += 2 * (12 + 4) * parameters               # weights alone and with both averages, each with the one before it
-            hours = train['flops'] / images * values['batch_size'] * values['steps'] / (GPUS * A100 * SHARE) / 3600
-            row = {'config': name, 'parameters': parameters, 'tokens': sum(p * p for p in run.structure.patch_nums),
-                   'gib': train['bytes'] / 2 ** 30, 'gib_validation': validation['bytes'] / 2 ** 30,
-                   'tflop_per_image': train['flops'] / images / 1e12, 'hours': hours, 'disk_gb': disk / 1e9}
-            del run, network
+    for name in (*STAGE_1, *STAGE_2):
+        row = cost(name)
         table.append(row)
-        runtime.say(f'{name:14} {row["parameters"] / 1e6:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} {row["gib_validation"]:11.1f} '
-                    f'{row["tflop_per_image"]:12.2f} {hours:6.0f} {row["disk_gb"]:9.1f}')
+        runtime.say(
+            f'{name:14} {row["parameters"] / 1e6:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} '
+            f'{row["gib_validation"]:11.1f} {row["tflop_per_image"]:12.2f} {row["hours"]:6.0f} '
+            f'{row["disk_gb"]:9.1f}')
     return table
 
 
