@@ -1,4 +1,4 @@
-"""The demo: ten classes of optical test charts at 32 pixels, made in code. Every stage in minutes on two CPU cores."""
+"""The demo: ten classes of optical test charts at 32 pixels. Each stage takes minutes on two CPU cores."""
 out_dir = 'out'
 data = 'charts:8000'
 
@@ -8,19 +8,19 @@ if script == 'train_tokenizer':
     channels, channel_mult, res_blocks = 16, (1, 1, 3), 1   # reduces by 4
     vocab_size, codebook_dim = 256, 16
     alias_channels = 8
-    max_radius = 32.0                   # 4 of 32 pixels; with the paper's 12 hardly anything would be out of focus
+    max_radius = 32.0                   # 4 of 32 pixels; the paper's 12 would hardly blur anything
     steps, warm_start, batch_size, lr = 750, 250, 16, 4e-3
     eval_every, save_every = 250, 375
 
 if script == 'train_fvar':
     depth, embed_dim, num_heads = 4, 128, 4
     teacher_blocks, distill_warmup = 1, 1600
-    lambda_feat = 0.1                   # with the paper's 1 a young student learns slower (RESULTS.md, ablations)
-    steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: here the number of steps is what counts
+    lambda_feat = 0.1                   # with the paper's 1 a student learns more slowly at first
+    steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: the number of steps counts here
     eval_every, save_every, eval_images = 600, 600, 300
 
-if script in ('sample', 'evaluate'):
-    cfg, top_p = 2.0, 0.4               # a young student is surest of its likeliest tokens
+if script in ('sample', 'evaluate', 'refocus'):
+    cfg, top_p = 2.0, 0.4               # after so little training the likeliest tokens are best
 
 if script == 'evaluate':
     per_class = 50

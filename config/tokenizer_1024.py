@@ -1,4 +1,4 @@
-"""Both tokenizers at 1024 pixels: tokenizer_256's settings. The paper gives no token maps for this size; these are ours."""
+"""Both tokenizers at 1024 pixels. The paper gives no token maps for this size; these are ours."""
 out_dir = 'out-tokenizer_1024'
 data = 'data/imagenet'
 workers = 8
