@@ -198,7 +198,6 @@ def measure_view(images, radius, size, kernel):
     mtf50, mtf_beyond = edge_metrics(view_mtf(side, *how))
     return {
         'step': side / size,
-        'radius': radius,
         'alias': alias,
         'kept': kept,
         'shift': shift_error(images, *how, shifts) if shifts else None,
