@@ -34,7 +34,8 @@ def place(rng, x, y, shift, turn=math.pi):
     x = x - rng.uniform(-shift, shift)
     y = y - rng.uniform(-shift, shift)
     angle = rng.uniform(-turn, turn)
-    cosine, sine = math.cos(angle), math.sin(angle)
+    cosine = math.cos(angle)
+    sine = math.sin(angle)
     return cosine * x + sine * y, cosine * y - sine * x
 
 
@@ -60,14 +61,17 @@ def zone_plate(rng, x, y):
 
 def line_grating(rng, x, y):
     u, _ = place(rng, x, y, shift=0.5, turn=0.4)
-    return cover(stripes(u, rng.uniform(0.24, 0.4), rng.uniform(0.4, 0.6)))
+    period = rng.uniform(0.24, 0.4)
+    return cover(stripes(u, period, rng.uniform(0.4, 0.6)))
 
 
 def checkerboard(rng, x, y):
     u, v = place(rng, x, y, shift=0.5, turn=0.15)
     period = 2 * rng.uniform(0.25, 0.36)
-    columns, rows = stripes(u, period), stripes(v, period)
-    return cover(np.maximum(np.minimum(columns, rows), -np.maximum(columns, rows)))
+    columns = stripes(u, period)
+    rows = stripes(v, period)
+    dark, light = np.minimum(columns, rows), np.maximum(columns, rows)
+    return cover(np.maximum(dark, -light))
 
 
 def halftone_dots(rng, x, y):
@@ -76,7 +80,8 @@ def halftone_dots(rng, x, y):
     towards = rng.uniform(-math.pi, math.pi)
     centre_u = (np.floor(u / cell) + 0.5) * cell
     centre_v = (np.floor(v / cell) + 0.5) * cell
-    tone = np.clip(0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v, 0, 1)
+    tone = 0.5 + math.cos(towards) * centre_u + math.sin(towards) * centre_v
+    tone = np.clip(tone, 0, 1)
     distance = np.sqrt((u - centre_u) ** 2 + (v - centre_v) ** 2)
     return cover(cell * (0.22 + 0.26 * tone) - distance)
 
@@ -91,8 +96,8 @@ def text(rng, x, y):
         left = -rng.uniform(0, 1) * height
         while left < 1:
             letter = LETTERS[rng.integers(len(LETTERS))]
-            draw.text((left * side, top * side), letter, fill=255,
-                      font=font(round(height * side)), stroke_width=side // 64)
+            draw.text((left * side, top * side), letter, fill=255, stroke_width=side // 64,
+                      font=font(round(height * side)))
             # measured at one size, because hinting would move letters at others
             left += font(128).getlength(letter) / 128 * height
         top += 1.05 * height

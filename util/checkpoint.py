@@ -110,8 +110,10 @@ def read_weights(path, shared=False):
     """
     try:
         is_zip = zipfile.is_zipfile(path)
-        if is_zip and zipfile.ZipFile(path).testzip():      # torch writes checksums, but does not check them
-            raise zipfile.BadZipFile
+        if is_zip:                                          # torch writes checksums, but does not check them
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and shared)
     except (FileNotFoundError, PermissionError):
         raise
