@@ -191,7 +191,8 @@ def zone_contrast(side, radius, size, kernel):
 
 def measure_view(images, radius, size, kernel):
     """All metrics of one view of images (B, 1, S, S) with mean zero."""
-    side, how = images.shape[-1], (radius, size, kernel)
+    side = images.shape[-1]
+    how = radius, size, kernel
     shifts = range(1, math.ceil(side / size))               # by less than a step
     alias, kept = folding(images, *how)
     wanted, beyond = zone_contrast(side, *how)
@@ -236,7 +237,8 @@ def edge_mtf(values, distance, size):
     picture of `size` pixels does.
     """
     half = max(1, min(8, size // 4))                        # pixels on either side of the edge
-    values, distance = values.double().flatten(), distance.flatten()
+    values = values.double().flatten()
+    distance = distance.flatten()
 
     def binned(weight):
         return torch.histogram(distance, 2 * half * BINS, range=(-half, half), weight=weight).hist
@@ -368,7 +370,8 @@ def show(number, form):
 
 def measure_pyramid(images):
     """Prints and returns {filter: metrics per view} for images (B, 1, S, S)."""
-    results, images = defaultdict(list), fade(images.double())
+    results = defaultdict(list)
+    images = fade(images.double())
     for name, how in filtered_views():
         results[name].append(measure_view(images, *how))
     for title, (form, *metrics) in TABLES.items():
@@ -396,7 +399,11 @@ def measure_tokenizer(structure, data_name):
     )
     for name, (mtf50, beyond) in edge.items():
         runtime.say(f'slanted edge, {name}: MTF50 {mtf50:.3f} cycles per pixel, beyond Nyquist {beyond:.3f}')
-    return {'psnr': still, 'shift_psnr': dict(zip(shifts, agreement)), 'edge': edge}
+    return {
+        'psnr': still,
+        'shift_psnr': dict(zip(shifts, agreement)),
+        'edge': edge,
+    }
 
 
 def measure_spectra(sets, real, labels):
@@ -416,7 +423,8 @@ def measure_spectra(sets, real, labels):
 
 def draw_zone_plate():
     """A zone plate up to its Nyquist frequency as views with an integer step show it, one row per filter."""
-    plate, cells = zone_plate(image_size, 0.5)[:1], []
+    plate = zone_plate(image_size, 0.5)[:1]
+    cells = []
     for _, (radius, size, kernel) in filtered_views():
         if image_size % size == 0:
             cell = view(plate, radius, size, kernel)

@@ -261,7 +261,6 @@ def test_the_table_needs_results(small):
         ablation.read_runs()
 
 
-@pytest.mark.skipif(not (HERE / 'RESULTS.md').exists(), reason='no RESULTS.md')
 @pytest.mark.parametrize('data', ['charts', 'photos', 'charts_3600', 'photos_3600'])
 def test_the_published_tables_are_those_of_the_results(data):
     runs = json.loads((HERE / 'results' / f'ablation_{data}.json').read_text(encoding='utf-8'))['runs']
