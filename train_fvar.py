@@ -56,7 +56,7 @@ weight_decay = 0.05             # on the weights of linear layers only
 grad_clip = 2.0                 # maximum gradient norm of student and of teacher
 # bookkeeping
 eval_every = 2000               # steps between validations
-eval_images = 1000              # held-out images per validation
+eval_pictures = 1000              # held-out images per validation
 save_every = 2000               # steps between checkpoints
 save_seconds = 1800.0           # or seconds, whichever comes first; 0 counts steps only
 log_every = 20                  # steps between log lines
@@ -73,7 +73,7 @@ config = configure(globals())
 # settings that may change when a run is resumed
 MAY_CHANGE = (
     'init_from', 'out_dir', 'tokenizer', 'tokens', 'steps', 'grad_accum_steps', 'eval_every',
-    'eval_images', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'grad_checkpoint',
+    'eval_pictures', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'grad_checkpoint',
     'device')
 
 
@@ -84,8 +84,8 @@ def training_batches(dataset, step):
 
 
 def held_out_batches(dataset, size):
-    """At most eval_images rows, evenly spaced, because rows are ordered by class."""
-    rows = np.linspace(0, len(dataset) - 1, min(eval_images, len(dataset))).astype(int)
+    """At most eval_pictures rows, evenly spaced, because rows are ordered by class."""
+    rows = np.linspace(0, len(dataset) - 1, min(eval_pictures, len(dataset))).astype(int)
     for start in range(0, len(rows), size):
         yield dataset.batch(rows[start:start + size])
 
@@ -207,7 +207,7 @@ def resume(run, state_file):
 def main():
     # device, data
     dev = runtime.start(device, seed)
-    runtime.require_positive(config, 'steps', 'eval_every', 'eval_images', 'save_every', 'log_every')
+    runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
     if max(class_dropout, drop_path) > 1:
         raise UserError(f'class_dropout={class_dropout}, drop_path={drop_path}: must be at most 1')
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)

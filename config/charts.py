@@ -17,7 +17,7 @@ if script == 'train_fvar':
     teacher_blocks, distill_warmup = 1, 1600
     lambda_feat = 0.1                   # with the paper's 1 a student learns more slowly at first
     steps, batch_size, lr, warmup = 2400, 8, 2e-3, 100      # small batches: the number of steps counts here
-    eval_every, save_every, eval_images = 600, 600, 300
+    eval_every, save_every, eval_pictures = 600, 600, 300
 
 if script in ('sample', 'evaluate', 'refocus'):
     cfg, top_p = 2.0, 0.4               # after so little training the likeliest tokens are best

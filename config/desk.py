@@ -1,4 +1,4 @@
-"""What all rows of experiments/ablation.py share: 16 pixels, five token maps, minutes of training on one core.
+"""What all rows of experiments/ablation.py share: 16 pixels, five token maps, minutes of training on a core.
 
 Small, because several seeds say more than one large run. A code stands for 2 × 2 pixels, so a tokenizer soon
 reconstructs well enough for differences between students to show. ablation.py sets the number of steps.

@@ -56,7 +56,7 @@ if script == 'evaluate':
 
 
 def command(stage, data):
-    own_data = [] if stage == 'sample' else [f'--data={data}']
+    own_data = [] if stage in ('train_fvar', 'sample') else [f'--data={data}']
     if stage == 'ablation':
         own_data.append(f'--base={data / "ablation.py"}')
     config = [] if stage == 'ablation' else [str(HERE / 'config' / 'charts.py')]

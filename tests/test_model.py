@@ -538,7 +538,7 @@ def trained(tmp_path, monkeypatch):
             'rows': 8, 'columns': 45, 'patch_nums': list(PATCH_NUMS), 'alias_patch_nums': list(PATCH_NUMS[:-1]), 'vocab_size': VOCAB,
             'alias_vocab_size': ALIAS_VOCAB, 'classes': [f'class {i}' for i in range(CLASSES)],
             'tokenizer': checkpoint.digest(structure.state_dict())})
-    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_images=8,
+    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
                     device='cpu', dtype='float32')
     for name, value in settings.items():
         monkeypatch.setattr(train_fvar, name, value)
