@@ -46,6 +46,7 @@ lambda_feat = 1.0               # weight of the feature term (paper)
 lambda_logit = 0.5              # weight of the KL term (paper)
 distill_warmup = 0              # steps over which both weights rise from 0, while the teacher knows little
 # optimization
+optimizer = 'adamw'             # adamw (paper) | muon: for the matrices of the blocks, AdamW for the rest
 steps = 400_000                 # optimizer steps (paper)
 batch_size = 256                # images per step, summed over ranks (paper)
 grad_accum_steps = 1            # forward and backward passes that a step is split into
@@ -136,9 +137,22 @@ def set_up(dev, structure, alias, num_classes, start_weights=None):
             block.compile()
     if fsdp:
         runtime.shard(run.network, blocks_of(run.network), dev, runtime.dtype_of(run.autocast))
-    run.optimizer = runtime.adamw(run.network, lr, betas, weight_decay)
+    run.optimizer = build_optimizer(run.network)
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
     return run
+
+
+def build_optimizer(network):
+    """AdamW; or Muon for all matrices in the blocks but AdaLN's, and AdamW for the rest."""
+    if optimizer == 'adamw':
+        return runtime.adamw(network, lr, betas, weight_decay)
+    if optimizer != 'muon':
+        raise UserError(f'--optimizer={optimizer}: choose adamw or muon')
+    if fsdp:
+        raise UserError('--optimizer=muon needs whole matrices: use --fsdp=False or --optimizer=adamw')
+    matrices = [parameter for block in blocks_of(network) for name, parameter in block.named_parameters()
+                if parameter.ndim == 2 and not name.startswith('ada.')]
+    return runtime.MuonWithAdamW(matrices, network, lr, betas, weight_decay)
 
 
 def train_step(run, trained, step, batch):

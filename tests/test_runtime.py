@@ -21,7 +21,7 @@ from configurator import HERE, UserError
 from util.checkpoint import (
     Log, atomic_write, check_same, digest, load_checkpoint, load_weights, read_log, read_weights,
     save_checkpoint, write_json)
-from util.runtime import SafeStep, adamw, learning_rate, precision, share_of_batch
+from util.runtime import MuonWithAdamW, SafeStep, adamw, learning_rate, precision, share_of_batch
 
 CPU = torch.device('cpu')
 
@@ -259,6 +259,40 @@ def test_adamw_decays_kernels_but_no_vectors_and_no_tables():
 def test_adamw_passes_on_its_settings():
     assert all(group['lr'] == 0.1 and group['betas'] == (0.8, 0.9)
                for group in adamw(Zoo(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.5).param_groups)
+
+
+def test_muon_trains_its_matrices_and_adamw_the_rest_at_one_rate():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2))
+    matrix = network[0].weight
+    optimizer = MuonWithAdamW([matrix], network, 0.1, (0.9, 0.95), 0.0)
+    others = {p for group in optimizer.adamw.param_groups for p in group['params']}
+    assert others == set(network.parameters()) - {matrix} and list(optimizer.muon.state) == []
+    safe_step = SafeStep(optimizer, precision('float32', CPU)[1], grad_clip=1.0)
+    before = [p.clone() for p in network.parameters()]
+    network(torch.ones(3, 6)).square().sum().backward()
+    safe_step([network.parameters()], lr=0.01)
+    assert {group['lr'] for group in optimizer.param_groups} == {0.01}
+    assert not any(map(torch.equal, before, network.parameters()))
+    # an orthogonal update of AdamW's usual size, 0.2 per number
+    assert (matrix - before[0]).square().mean().sqrt() < 0.01
+
+
+def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
+    network = torch.nn.Linear(6, 6)
+    optimizer = MuonWithAdamW([network.weight], network, 0.1, (0.9, 0.95), 0.0)
+    safe_step = SafeStep(optimizer, precision('float32', CPU)[1], grad_clip=1.0)
+    network(torch.ones(3, 6)).square().sum().backward()
+    safe_step([network.parameters()], lr=0.1)
+    before = [p.clone() for p in network.parameters()]
+    momentum = optimizer.muon.state[network.weight]['momentum_buffer'].clone()
+    (network(torch.ones(3, 6)).sum() * math.nan).backward()
+    _, finite = safe_step([network.parameters()], lr=0.1)
+    assert not finite and all(map(torch.equal, before, network.parameters()))
+    assert torch.equal(momentum, optimizer.muon.state[network.weight]['momentum_buffer'])
+    files.load_optimizer(optimizer, saved_state := optimizer.state_dict())
+    assert {group['lr'] for group in optimizer.param_groups} == {0.1}
+    assert torch.equal(momentum, optimizer.muon.state[network.weight]['momentum_buffer'])
+    assert momentum.data_ptr() != saved_state['muon']['state'][0]['momentum_buffer'].data_ptr()
 
 
 def descent(grad_clip=1.0, scaler=None):

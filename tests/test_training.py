@@ -274,6 +274,27 @@ def test_a_resumed_student_is_the_uninterrupted_one_bit_for_bit(stage1, stage2, 
     assert [record['step'] for record in log_of(tmp_path, 'fvar')[0]] == list(range(12))
 
 
+def test_a_student_resumed_under_muon_is_the_uninterrupted_one_bit_for_bit(stage1, tmp_path):
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), optimizer='muon', save_every=6)
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'whole'))
+    run_with_an_interruption(train_fvar, at=8, **settings, out_dir=str(tmp_path / 'parts'))
+    for name in ('fvar_state.pt', 'student.pt'):
+        assert not differing(state_of(tmp_path / 'whole' / name), state_of(tmp_path / 'parts' / name))
+    states = state_of(tmp_path / 'whole' / 'fvar_state.pt')
+    assert any(name.endswith('momentum_buffer') for name in states)
+    assert any(name.endswith('exp_avg') for name in states)
+
+
+@pytest.mark.parametrize('extra, message', [
+    (dict(optimizer='sgd'), '--optimizer=sgd: choose adamw or muon'),
+    (dict(optimizer='muon', fsdp=True), '--optimizer=muon needs whole matrices: use --fsdp=False'),
+])
+def test_an_optimizer_that_cannot_be_is_one_line(train, extra, message, monkeypatch):
+    monkeypatch.setattr(runtime, 'shard', lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        train(**extra)
+
+
 @pytest.mark.parametrize('extra', [{}, GAN], ids=['plain', 'gan'])
 def test_resumed_tokenizers_are_the_uninterrupted_ones_bit_for_bit(data, tmp_path, extra):
     settings = STAGE1 | extra | dict(data=data, save_every=6)

@@ -281,14 +281,55 @@ def learning_rate(step, steps, peak, warmup):
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(module, lr, betas, weight_decay):
-    """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas."""
+def adamw(module, lr, betas, weight_decay, without=()):
+    """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas.
+
+    without: parameters that another optimizer trains.
+    """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f'betas={betas}: give two numbers, each at least 0 and less than 1')
     kernels = {part.weight for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
-    groups = [{'params': [p for p in module.parameters() if p.requires_grad and (p in kernels) == decays],
+    ours = [p for p in module.parameters() if p.requires_grad and p not in set(without)]
+    groups = [{'params': [p for p in ours if (p in kernels) == decays],
                'weight_decay': weight_decay * decays} for decays in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class MuonWithAdamW:
+    """torch.optim.Muon for some matrices, AdamW for all other parameters, with the interface of one optimizer.
+
+    Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al. 2025). Muon has no fused
+    kernel that skips non-finite steps, so each step waits for the device.
+    """
+
+    def __init__(self, matrices, module, lr, betas, weight_decay):
+        self.muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
+        self.adamw = adamw(module, lr, betas, weight_decay, without=matrices)
+
+    @property
+    def param_groups(self):
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self):
+        return self.muon.state | self.adamw.state
+
+    def step(self):
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        if not self.found_inf:
+            self.muon.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {'muon': self.muon.state_dict(), 'adamw': self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.muon.load_state_dict(state['muon'])
+        self.adamw.load_state_dict(state['adamw'])
 
 
 class SafeStep:
