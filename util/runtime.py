@@ -296,10 +296,10 @@ def adamw(module, lr, betas, weight_decay, without=()):
 
 
 class MuonWithAdamW:
-    """torch.optim.Muon for some matrices, AdamW for all other parameters, with the interface of one optimizer.
+    """torch.optim.Muon for some matrices and AdamW for all other parameters, used like one optimizer.
 
-    Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al. 2025). Muon has no fused
-    kernel that skips non-finite steps, so each step waits for the device.
+    Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al. 2025). Muon has no
+    fused kernel that skips non-finite steps, so each step waits for the device.
     """
 
     def __init__(self, matrices, module, lr, betas, weight_decay):
