@@ -2,9 +2,9 @@
 sections 3.3–3.6).
 
 A picture is K token maps. Map k has p_k² tokens, all predicted at once from the maps before it. In training
-one pass covers all L = Σ p_k² positions under a block-causal mask: a position sees its own map and all
-earlier ones. The student is the published VAR (Tian et al. 2024) to the letter, so weights pass in both
-directions: see published.py.
+one pass covers all L = Σ p_k² positions. Those of map k read f̂_{k−1} pooled to p_k × p_k, never map k's own
+tokens, and attend under a block-causal mask to each other and to all earlier positions. The student is the
+published VAR (Tian et al. 2024) to the letter, so weights pass in both directions: see published.py.
 
 Shapes: B batch, L positions, D embed_dim, V codes, C codebook_dim, H heads.
 """
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         if qk_norm:
             self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
 
-    def forward(self, x, maps=None, cache=None):
+    def forward(self, x, layout=None, cache=None):
         B, L, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, L, 3, self.num_heads, -1)
@@ -53,21 +53,22 @@ class SelfAttention(nn.Module):
             q = (F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()).to(v.dtype)
             k, scale = F.normalize(k, dim=-1).to(v.dtype), 1.0
         if cache is not None:
-            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] or [k, v]
-            k, v = cache
-        if maps is None:
+            if cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache, (k, v)))
+            cache[:] = [k, v]
+        if layout is None:
             h = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
-            h = block_causal_attention(q, k, v, *maps, scale)
+            h = block_causal_attention(q, k, v, *layout, scale)
         return self.proj(h.transpose(1, 2).reshape(B, L, D))
 
 
 def block_causal_attention(q, k, v, lengths, mask, scale):
     """Attention of every map to itself and to earlier maps. q, k, v: (B, H, L, D/H); lengths: tokens per map.
 
-    The last two maps, about three quarters of all positions, are computed separately, each over only the
-    keys it may see. This saves a third of the work, and kernels without a mask are faster. mask: of the
-    other maps.
+    The last two maps, more than half of all positions, are computed separately, each over only the keys it
+    may see. This saves a third of the work, and kernels without a mask are faster. mask: block-causal, for
+    the earlier maps.
     """
     start, parts = len(mask), []
     if start:
@@ -123,14 +124,14 @@ class Block(nn.Module):
         six = self.ada_offset + condition if self.shared_aln else self.ada(condition).unflatten(1, (1, 6, -1))
         return six.unbind(2)
 
-    def forward(self, x, condition, maps=None, cache=None, drop_path_mask=(1, 1), alias=None,
+    def forward(self, x, condition, layout=None, cache=None, drop_path_mask=(1, 1), alias=None,
                 modulation=None):
-        """maps: VAR.maps() for block-causal attention; None lets all positions see all. cache: keys and
+        """layout: VAR.layout() for block-causal attention; None lets all positions see all. cache: keys and
         values of earlier maps, an empty list at first. drop_path_mask: factors of the branches, numbers or
         (B, 1, 1). alias: what alias_attention attends to. modulation: modulation(condition), if already
         known."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation or self.modulation(condition)
-        attended = self.attention(modulate(x, scale1, shift1), maps, cache)
+        attended = self.attention(modulate(x, scale1, shift1), layout, cache)
         x = x + drop_path_mask[0] * gamma1 * attended
         if self.alias_attention is not None:
             x = self.alias_attention(x, alias)
@@ -144,8 +145,8 @@ def run_block(block, *args, grad_checkpoint, **options):
     return block(*args, **options)
 
 
-def class_logits(x, condition, head_ada, head):
-    """AdaLN and output layer: (B, n, D) and Condition.head → (B, n, V) in float32."""
+def code_logits(x, condition, head_ada, head):
+    """AdaLN and output layer: (B, n, D) and Condition.activated → (B, n, V) in float32."""
     scale, shift = head_ada(condition).unflatten(1, (1, 2, -1)).unbind(2)
     return head(modulate(x, scale, shift)).float()
 
@@ -161,9 +162,9 @@ def compile_sampling(student, device):
 
 class Condition(NamedTuple):
     """What the class tells the network."""
-    embedding: torch.Tensor     # (B, D), the first position's input
-    head: torch.Tensor          # (B, D), silu of it
-    blocks: torch.Tensor        # the same, or with shared_aln its projection (B, 1, 6, D)
+    embedding: torch.Tensor     # (B, D): the input of the first map
+    activated: torch.Tensor     # (B, D): silu(embedding), from which the head computes its AdaLN
+    blocks: torch.Tensor        # from which the blocks do: `activated`, or its shared projection (B, 1, 6, D)
 
 
 class VAR(nn.Module):
@@ -178,6 +179,8 @@ class VAR(nn.Module):
         super().__init__()
         embed_dim = embed_dim or 64 * depth
         num_heads = num_heads or depth
+        if drop_path >= 1:
+            raise UserError(f'drop_path={drop_path}: must be less than 1')
         if embed_dim % num_heads:
             raise UserError(f'embed_dim={embed_dim} is not a multiple of num_heads={num_heads}')
         self.patch_nums = tuple(patch_nums)
@@ -227,11 +230,12 @@ class VAR(nn.Module):
     def condition(self, labels):
         """labels (B,), num_classes for "no class" → Condition."""
         embedding = self.class_embed(labels)
-        head = F.silu(embedding)
-        blocks = head if self.shared_ada is None else self.shared_ada(head).unflatten(1, (1, 6, -1))
-        return Condition(embedding, head, blocks)
+        activated = blocks = F.silu(embedding)
+        if self.shared_ada is not None:
+            blocks = self.shared_ada(activated).unflatten(1, (1, 6, -1))
+        return Condition(embedding, activated, blocks)
 
-    def maps(self):
+    def layout(self):
         """What block_causal_attention needs to know: tokens per map, and the mask of all maps but the last
         two."""
         return self.lengths, self.mask
@@ -242,7 +246,7 @@ class VAR(nn.Module):
 
     def logits(self, x, condition):
         """(B, n, D) → (B, n, V) in float32."""
-        return class_logits(x, condition.head, self.head_ada, self.head)
+        return code_logits(x, condition.activated, self.head_ada, self.head)
 
     def drop_path_mask(self, uniform):
         """Stochastic depth: (B, 2·depth) uniform in [0, 1) → factors of all branches, 0 or 1/(1 − rate)."""
@@ -259,7 +263,7 @@ class VAR(nn.Module):
             factors = (1, 1)
             if drop_path_mask is not None:
                 factors = drop_path_mask[:, 2 * i:2 * i + 2, None, None].unbind(1)
-            stream.append(run_block(block, stream[-1], condition.blocks, self.maps(),
+            stream.append(run_block(block, stream[-1], condition.blocks, self.layout(),
                                     drop_path_mask=factors, grad_checkpoint=self.grad_checkpoint))
         return stream, condition
 
@@ -347,7 +351,7 @@ class VAR(nn.Module):
             logits = filter_logits(logits, top_k, top_p)
             known = given[k] >= 0
             tokens.append(torch.where(known, given[k], sample_tokens(logits, randoms[k])))
-            chosen = quantizer.codebook.maps(tokens[k])
+            chosen = quantizer.codebook.lookup(tokens[k])
             if gumbels[k] is not None:
                 mixture = smooth_codes(logits, progress, codes, gumbels[k])
                 mixture = mixture.transpose(1, 2).unflatten(2, (p, p))
@@ -368,9 +372,11 @@ def block_causal_mask(patch_nums):
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (..., V) with −inf outside the top_k largest, then outside the likeliest of probability ≥ top_p.
+    """logits (..., V) with −inf outside the top_k largest, and of those outside the smallest set of likeliest
+    codes whose probability reaches top_p.
 
-    Only the top_k largest are sorted. Both filters then are one threshold: equal logits stay or go together.
+    Only the top_k largest are sorted. Both filters then reduce to one threshold, so equal logits stay or go
+    together.
     """
     V = logits.shape[-1]
     if not (0 < top_k < V or 0 < top_p < 1):
@@ -378,9 +384,10 @@ def filter_logits(logits, top_k, top_p):
     largest = logits.topk(top_k if 0 < top_k < V else V, dim=-1).values
     threshold = largest[..., -1:]
     if 0 < top_p < 1:
-        tail = largest.flip(-1).softmax(-1).cumsum(-1) <= 1 - top_p
-        tail[..., -1] = False                               # the most likely token always stays
-        threshold = largest.gather(-1, (~tail).sum(-1, keepdim=True) - 1)
+        ascending = largest.flip(-1)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[..., -1] = False                            # the most likely code always stays
+        threshold = ascending.gather(-1, dropped.sum(-1, keepdim=True))
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
@@ -427,8 +434,8 @@ def pictures_at_once(student, most=50):
 # the teacher
 
 class AliasGateCrossAttention(nn.Module):
-    """AG-XAttn (Eq. 9, 10): Z = X + α ⊙ W_O·Attn(X W_Q, E_a W_K, E_a W_V), with one gate per channel,
-    α = sigmoid(W_α X).
+    """AG-XAttn (Eq. 9, 10): Z = X + α ⊙ W_O·Attn(X̄ W_Q, E_a W_K, E_a W_V), with one gate per channel,
+    α = sigmoid(W_α X̄). X̄ = LayerNorm(X) is ours: the paper writes X.
 
     W_O starts at zero, so a teacher starts as its student. Positions before `start` are left alone. mask
     (n, m) says which alias tokens the others see; None means all.
@@ -462,7 +469,7 @@ class Teacher(nn.Module):
     and of the head. Its last `teacher_blocks` blocks have AG-XAttn. shared_blocks = −1 means all but those;
     0 is a complete second network. Structure positions of the last `alias_scales` maps query the alias
     tokens of maps K − alias_scales … K − 1; map k sees alias maps ≤ k. Only there does the teacher know
-    more than the student, so only there it predicts.
+    more than the student, so it predicts only there.
     """
 
     def __init__(self, student, alias_vocab_size, alias_scales=2, teacher_blocks=2, shared_blocks=-1):
@@ -512,7 +519,7 @@ class Teacher(nn.Module):
             x = run_block(block, x, condition.blocks, (self.lengths, self.mask), alias=alias,
                           grad_checkpoint=self.grad_checkpoint)
             features.append(x[:, self.start:])
-        logits = class_logits(features[-1], condition.head, self.head_ada, self.head)
+        logits = code_logits(features[-1], condition.activated, self.head_ada, self.head)
         return logits, features[-self.teacher_blocks:]
 
 
@@ -532,7 +539,10 @@ def distillation_loss(student_logits, teacher_logits, student_features, teacher_
 
 
 class FVAR(nn.Module):
-    """What stage 2 trains: the student, its teacher (or None), and the loss of Eq. 12."""
+    """What stage 2 trains: the student, its teacher (or None), and the loss of Eq. 12,
+
+    CE(student) + CE(teacher) + λ_feat·‖features − teacher's‖² + λ_logit·KL(teacher ‖ student).
+    """
 
     def __init__(self, student, teacher=None, lambda_feat=1.0, lambda_logit=0.5):
         super().__init__()

@@ -39,10 +39,10 @@ config = configure(globals(), positional='photo')
 # kernels
 
 def disk_kernel(radius):
-    """The defocus PSF of a circular aperture: (n, n), n odd, symmetric, sums to 1.
+    """The defocus kernel (point-spread function) of a circular aperture: (n, n), n odd, symmetric, sums to 1.
 
-    radius is in pixels of the image it is applied to. The rim is one pixel soft, clip(ρ + ½ − r, 0, 1), so
-    the kernel is continuous in ρ. ρ ≤ ½ is the identity.
+    radius is in pixels of the image it is applied to. The rim is one pixel soft,
+    clip(ρ + ½ − distance, 0, 1), so the kernel is continuous in ρ. ρ ≤ ½ is the identity.
     """
     return radial_kernel(lambda r: (radius + 0.5 - r).clamp(0, 1), half=max(0, math.ceil(radius - 0.5)))
 
@@ -210,8 +210,7 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
     """Eq. 3 and 4: lists over k of focused views L_k, downsampled D_k and alias A_k = D_k − L_k.
 
     Each view is (B, C, p_k·f, p_k·f). radii come from focus_radii; noise is (β_1, β_K); generator: see
-    noise_like. kernel='none' is plain next-scale prediction: L_k = D_k without noise, so A_k is exactly
-    zero.
+    noise_like. kernel='none' blurs nothing: L_k = D_k without noise, so A_k is exactly zero.
     """
     betas = noise_levels(noise if kernel != 'none' else (0.0, 0.0), len(patch_nums))
     focused, downsampled = [], []

@@ -35,7 +35,7 @@ from util.runtime import to_device
 def group_norm(channels):
     """32 groups, as in VQGAN, if 32 divides the width; otherwise 8, 4, 2 or 1, of at least two channels each.
 
-    A group of a single channel loses the mean color of the picture, which is all that the first token map
+    A group of a single channel loses the mean colour of the picture, which is all that the first token map
     holds. A small network should therefore not be 32 channels wide.
     """
     fitting = [g for g in (8, 4, 2) if channels % g == 0 and channels > g]
@@ -183,7 +183,7 @@ def area(x, size):
 
 
 def bicubic(x, size):
-    """Bicubic resizing to (size, size): how token maps come up again."""
+    """Bicubic resizing to (size, size): how code maps return to full size."""
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic')
 
 
@@ -193,13 +193,13 @@ class Codebook(nn.Embedding):
     usage (K, vocab_size): a running average of how many times per step a code was used.
     """
 
-    def __init__(self, vocab_size, codebook_dim, maps):
+    def __init__(self, vocab_size, codebook_dim, num_maps):
         super().__init__(vocab_size, codebook_dim)
-        self.register_buffer('usage', torch.zeros(maps, vocab_size))
+        self.register_buffer('usage', torch.zeros(num_maps, vocab_size))
         nn.init.uniform_(self.weight, -1 / vocab_size, 1 / vocab_size)
 
     def nearest(self, vectors):
-        """(B, C, p, p) → index of the nearest code, (B, p²) int64. In float32, for ties."""
+        """(B, C, p, p) → index of the nearest code, (B, p²) int64. bfloat16 would make codes tie."""
         with torch.no_grad(), in_float32(vectors.device):
             z = vectors.float().flatten(2).transpose(1, 2).flatten(0, 1)
             codes = self.weight.float()
@@ -208,22 +208,22 @@ class Codebook(nn.Embedding):
                      for part in z.split(2 ** 14)]          # half a GiB of distances to 8192 codes
             return torch.cat(found).view(len(vectors), -1)
 
-    def maps(self, tokens):
+    def lookup(self, tokens):
         """(B, p²) indices → (B, C, p, p) codes."""
         p = math.isqrt(tokens.shape[1])
         return self(tokens).transpose(1, 2).unflatten(2, (p, p))
 
     def histogram(self, tokens):
-        """How often each code was used: list of (B, p²) → (K, vocab_size). bincount would wait."""
+        """How often each code was used: list of (B, p²) → (K, vocab_size). bincount would synchronise."""
         hits = torch.zeros_like(self.usage)
         for row, token_map in zip(hits, tokens):
             row.scatter_add_(0, token_map.flatten(), row.new_ones(token_map.numel()))
         return hits
 
     @torch.no_grad()
-    def count(self, hits, weight=1.0, decay=0.99):
-        """Folds the histogram of a step, over all ranks, into `usage`. weight (or tensor): 0 skips it."""
-        self.usage.lerp_(hits, (1 - decay) * weight)
+    def count(self, hits, finite=True, decay=0.99):
+        """Folds the histogram of a step, over all ranks, into `usage`, unless `finite` is false."""
+        self.usage.lerp_(hits, (1 - decay) * finite)
 
     def perplexity(self):
         """exp(entropy) of code use per token map, (K,): 1 means collapse, vocab_size means even use."""
@@ -231,15 +231,15 @@ class Codebook(nn.Embedding):
         return torch.exp(-(p * p.clamp(min=1e-9).log()).sum(1))
 
     @torch.no_grad()
-    def reseed(self, vectors, generator, threshold, weight=1):
+    def reseed(self, vectors, generator, threshold, finite=True):
         """Moves dead codes (used less than `threshold` times the average) onto vectors. Returns how many.
 
         vectors: per token map, (n_k, C) that had to be quantized. A map is chosen first, then one of its
         vectors, so the few tokens of coarse maps get codes too. Every code, dead or not, is given a vector,
-        so no rank has to wait to learn which are dead. weight: 0 leaves all codes alone.
+        so no GPU has to be asked which are dead. Nothing changes if `finite` is false.
         """
         use, (codes, dim) = self.usage.sum(0), self.weight.shape
-        dead = (use < threshold * use.mean()) & (weight > 0)
+        dead = (use < threshold * use.mean()) & finite
         lengths = torch.tensor([len(v) for v in vectors])
         maps = torch.randint(len(vectors), (codes,), generator=generator)
         place = (torch.rand(codes, generator=generator, dtype=torch.float64) * lengths[maps]).long()
@@ -256,8 +256,7 @@ class Codebook(nn.Embedding):
 class MultiScaleQuantizer(nn.Module):
     """VAR's residual quantizer over token maps p_1 … p_K, with one target feature map e_k per token map.
 
-    φ_k is one of `phis` 3×3 convolutions, shared by neighboring maps and applied as ½h + ½conv(h): the one
-    whose tick is nearest to (k−1)/(K−1).
+    φ_k is one of `phis` 3×3 convolutions, shared by neighbouring maps and applied as ½h + ½conv(h).
     """
 
     def __init__(self, patch_nums, vocab_size, codebook_dim, phis=4):
@@ -265,10 +264,11 @@ class MultiScaleQuantizer(nn.Module):
         self.patch_nums = tuple(patch_nums)
         self.codebook = Codebook(vocab_size, codebook_dim, len(patch_nums))
         self.phi = nn.ModuleList(nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(phis))
-        edge = (1 / 3 if phis == 4 else 1 / 2) / phis       # as published
-        ticks = np.linspace(edge, 1 - edge, phis)
-        places = [k / max(1, len(patch_nums) - 1) for k in range(len(patch_nums))]
-        self.phi_of_map = [int(abs(ticks - place).argmin()) for place in places]    # the nearest tick
+        # the φ convolutions lie at `phis` places between 0 and 1 (as published), map k at (k−1)/(K−1)
+        edge = (1 / 3 if phis == 4 else 1 / 2) / phis
+        of_phi = np.linspace(edge, 1 - edge, phis)
+        of_map = np.arange(len(patch_nums)) / max(1, len(patch_nums) - 1)
+        self.phi_of_map = abs(of_phi - of_map[:, None]).argmin(1).tolist()
 
     def refine(self, codes, k):
         """φ_k(bicubic(codes → p_K)), what map k adds to f̂: (B, C, p_k, p_k) → (B, C, p_K, p_K)."""
@@ -279,7 +279,7 @@ class MultiScaleQuantizer(nn.Module):
         """f̂_1 … f̂_K from all token maps, or from a prefix of them. Each is (B, C, p_K, p_K)."""
         f_hat, states = 0, []
         for k, token_map in enumerate(tokens):
-            f_hat = f_hat + self.refine(self.codebook.maps(token_map), k)
+            f_hat = f_hat + self.refine(self.codebook.lookup(token_map), k)
             states.append(f_hat)
         return states
 
@@ -290,7 +290,7 @@ class MultiScaleQuantizer(nn.Module):
         for k, (p, target) in enumerate(zip(self.patch_nums, targets)):
             residuals.append((target - area(f_hat, p)).detach())
             tokens.append(self.codebook.nearest(residuals[k]))
-            f_hat = f_hat + self.refine(self.codebook.maps(tokens[k]), k)
+            f_hat = f_hat + self.refine(self.codebook.lookup(tokens[k]), k)
             states.append(f_hat)
         return tokens, states, residuals
 
@@ -340,7 +340,8 @@ def decode_in_parts(decoder, codes, side, grad_checkpoint, post_quant=nn.Identit
 class StructureTokenizer(nn.Module):
     """Q_L: images → token maps r_1 … r_K, and back. Every prefix of the maps decodes to a focus state.
 
-    pyramid      'focus', or 'scale': all radii are zero, which is VAR's tokenizer
+    pyramid      'focus', or 'scale': VAR's tokenizer, with all radii zero and VAR's own VQ loss
+                 (kernel='none' only sets the radii to zero)
     focus_input  'image': defocus the full-size image and pool its features; 'view': encode L_k itself (Eq. 3)
     kernel, focus_schedule, max_radius   see pyramid.py
     noise        β_1 and β_K of Eq. 3. With focus_input='image' it is added at full size, so Q_L and Q_A see
@@ -386,23 +387,25 @@ class StructureTokenizer(nn.Module):
     def state_features(self, images, generator=None, radii=None):
         """The features of every focus state: (B, C, p_K, p_K), or (B, C, p_k, p_k) with focus_input='view'.
 
-        generator: adds the noise of Eq. 3. radii: replace the tokenizer's; fewer than K give the first maps.
+        generator: adds the noise of Eq. 3; None adds none. radii: in place of the tokenizer's; fewer than K
+        give the first maps.
         """
         radii = self.radii if radii is None else radii
         if self.focus_input == 'view':
             noise = self.noise if generator is not None else (0.0, 0.0)
             views, _, _ = build_pyramid(images, self.patch_nums, radii, noise, self.kernel, generator)
             return [self.features(view) for view in views]
-        states = {}                                         # each distinct radius is encoded once
+        noisy = generator is not None and self.kernel != 'none'
+        betas = noise_levels(self.noise, len(self.patch_nums))
         radii = [max(radius, 0.5) for radius in radii]      # ρ ≤ ½ is the identity
-        for k, beta in enumerate(noise_levels(self.noise, len(radii))):
-            if radii[k] not in states:
-                state = defocus(images, radii[k], self.kernel)
-                noisy = generator is not None and self.kernel != 'none'
-                states[radii[k]] = state + beta * noise_like(images, k, generator) if noisy else state
-        features = self.features(torch.cat(list(states.values()))).chunk(len(states))
-        of_radius = dict(zip(states, features))
-        return [of_radius[radius] for radius in radii]
+        image_of = {}                                       # radius → image, each of which is encoded once
+        for k, radius in enumerate(radii):
+            if radius not in image_of:
+                state = defocus(images, radius, self.kernel)
+                image_of[radius] = state + betas[k] * noise_like(images, k, generator) if noisy else state
+        features = self.features(torch.cat(list(image_of.values()))).chunk(len(image_of))
+        features_of = dict(zip(image_of, features))
+        return [features_of[radius] for radius in radii]
 
     @torch.no_grad()
     def encode(self, images, generator=None, radii=None):
@@ -484,8 +487,8 @@ def check_sizes(image_size, patch_nums, channel_mult):
 class AliasTokenizer(nn.Module):
     """Q_A: the alias views A_1 … A_{K−1} → one plain VQ map each, without a residual chain. Training only.
 
-    There is no A_K, because nothing is removed at the last scale. Each view is divided by its running
-    standard deviation `scale`, since alias energy differs by an order of magnitude between scales.
+    There is no A_K, because nothing is removed at the last map. Each view is divided by `scale`, its running
+    root mean square, since alias energy differs by an order of magnitude between maps.
     dual=False: the encoder, codebook and decoder of `structure` serve both tokenizers (Table 3, "w/o dual
     tokenizers").
     """
@@ -523,18 +526,18 @@ class AliasTokenizer(nn.Module):
         return alias[:-1]
 
     @torch.no_grad()
-    def track_scale(self, energy, weight=1.0, decay=0.99):
-        """Updates `scale` from the mean squares of the views, (K − 1,). weight: 0 leaves it alone."""
+    def track_scale(self, energy, finite=True, decay=0.99):
+        """Updates `scale` from the mean squares of the views, (K − 1,), unless `finite` is false."""
         followed = decay * self.scale + (1 - decay) * energy.sqrt()
         updated = torch.where(self.scale == 0, energy.sqrt(), followed)
-        self.scale.copy_(torch.where(torch.as_tensor(weight > 0), updated, self.scale))
+        self.scale.copy_(torch.where(torch.as_tensor(finite), updated, self.scale))
 
     def divisors(self, energy=None):
         """What views are divided by, (K − 1,). energy: their mean squares, used until `scale` is tracked."""
         scale = self.scale if energy is None else torch.where(self.scale == 0, energy.sqrt(), self.scale)
         return scale.clamp(min=1e-3)
 
-    def normalized(self, views, energy=None):
+    def normalised(self, views, energy=None):
         return [view / divisor for view, divisor in zip(views, self.divisors(energy))]
 
     def features(self, view):
@@ -550,23 +553,23 @@ class AliasTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images, generator=None):
         """(B, 3, S, S) in [−1, 1] → alias token maps: a list over k < K of (B, p_k²) int64."""
-        views = self.normalized(self.views(images, generator))
+        views = self.normalised(self.views(images, generator))
         return [self.codebook.nearest(self.features(view)) for view in views]
 
     @torch.no_grad()
     def decode(self, tokens):
         """Alias token maps → the views Â_k in image units."""
-        views = [self.decode_features(self.codebook.maps(token_map)) for token_map in tokens]
+        views = [self.decode_features(self.codebook.lookup(token_map)) for token_map in tokens]
         return [view * divisor for view, divisor in zip(views, self.divisors())]
 
     def forward(self, views):
-        """One training pass over normalized views: a namespace of l2, vq (the losses), tokens, features.
+        """One training pass over normalised views: a namespace of l2, vq (the losses), tokens, features.
 
-        l2 is the mean over the views, in units of each view's variance.
+        l2 is the mean over the views, in units of each view's energy.
         """
         features = [self.features(view) for view in views]
         tokens = [self.codebook.nearest(f) for f in features]
-        codes = [self.codebook.maps(token_map) for token_map in tokens]
+        codes = [self.codebook.lookup(token_map) for token_map in tokens]
         decoded = [self.decode_features(straight_through(c, f)) for c, f in zip(codes, features)]
         l2 = sum(map(F.mse_loss, decoded, views)) / len(views)
         vq = sum(vq_loss(c, f, self.beta) for c, f in zip(codes, features)) / len(views)

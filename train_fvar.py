@@ -45,7 +45,7 @@ shared_blocks = -1              # blocks shared with the student; −1: all but 
 lambda_feat = 1.0               # weight of the feature term (paper)
 lambda_logit = 0.5              # weight of the KL term (paper)
 distill_warmup = 0              # steps over which both weights rise from 0, while the teacher knows little
-# optimization
+# optimisation
 optimizer = 'adamw'             # adamw (paper) | muon: for the matrices of the blocks, AdamW for the rest
 steps = 400_000                 # optimizer steps (paper)
 batch_size = 256                # images per step, summed over ranks (paper)

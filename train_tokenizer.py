@@ -66,7 +66,7 @@ gan_channels = 64               # width of the discriminator
 reseed_every = 50               # steps between searches for dead codes
 reseed_until = 0.8              # fraction of the run after which codes are left alone
 dead_below = 0.03               # a code is dead if it is used less than this times the average
-# optimization
+# optimisation
 steps = 100_000                 # optimizer steps (paper); 0 writes the tokenizers of init_from unchanged
 batch_size = 256                # images per step, summed over ranks
 grad_accum_steps = 1            # forward and backward passes that a step is split into
@@ -170,7 +170,7 @@ def forward(run, images, noise, step):
         out = SimpleNamespace(picture=picture, state_picture=None, vq=no_loss, tokens=[], residuals=[])
     else:
         out = structure(images, noise, state)
-    alias_out = alias(alias.normalized(views, energy))
+    alias_out = alias(alias.normalised(views, energy))
 
     terms = {'l1': F.l1_loss(out.picture, images), 'l2': F.mse_loss(out.picture, images)}
     if out.state_picture is not None:
@@ -255,7 +255,7 @@ def flops_per_image():
     with torch.device('meta'):
         structure, alias = build_tokenizers(config)
         image = torch.empty(1, 3, image_size, image_size)
-        views = alias.normalized(alias.views(image))
+        views = alias.normalised(alias.views(image))
         return 3 * runtime.count_flops(lambda: (structure(image, None, 0), alias(views)))
 
 

@@ -19,7 +19,7 @@ if script == 'encode':
 
 if script == 'train_fvar':
     depth, embed_dim, num_heads = 4, 96, 4
-    teacher_blocks, drop_path = 1, 0.0  # so short a run needs no regularization
+    teacher_blocks, drop_path = 1, 0.0  # so short a run needs no regularisation
     lambda_feat = 0.1                   # as in charts.py
     batch_size, lr, warmup = 8, 3e-3, 50
 

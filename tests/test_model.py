@@ -591,7 +591,7 @@ def test_a_missing_student_and_another_kind_of_file_are_named(trained):
 @pytest.mark.parametrize('patch_nums', [(1, 2, 3, 5), (2, 3), (4,), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
 def test_block_causal_attention_equals_attention_under_the_whole_mask(patch_nums):
     """Values and gradients."""
-    lengths, mask = VAR(patch_nums, 16, 4, num_classes=3, depth=1, embed_dim=8, num_heads=2).maps()
+    lengths, mask = VAR(patch_nums, 16, 4, num_classes=3, depth=1, embed_dim=8, num_heads=2).layout()
     assert lengths == [p * p for p in patch_nums] and len(mask) == sum(lengths[:-2])
     q, k, v = torch.randn(3, 2, 2, sum(lengths), 4, generator=seeded()).requires_grad_().unbind(0)
     ours = block_causal_attention(q, k, v, lengths, mask, 0.7)

@@ -145,7 +145,7 @@ def test_codes_are_the_nearest_ones():
     nn.init.normal_(codebook.weight)
     vectors = torch.randn(3, 7, 9, 9, generator=seeded())
     assert torch.equal(codebook.nearest(vectors), nearest_by_hand(vectors, codebook.weight))
-    assert torch.equal(codebook.maps(codebook.nearest(vectors))[1, :, 2, 5], codebook.weight[codebook.nearest(vectors)[1, 23]])
+    assert torch.equal(codebook.lookup(codebook.nearest(vectors))[1, :, 2, 5], codebook.weight[codebook.nearest(vectors)[1, 23]])
 
 
 def test_a_new_codebook_is_searched_as_well_as_a_trained_one():
@@ -320,17 +320,17 @@ def test_a_histogram_counts_every_code_of_every_map():
     assert hits.dtype == torch.float32 and hits.tolist() == [t.flatten().bincount(minlength=9).tolist() for t in tokens]
 
 
-@pytest.mark.parametrize('weight', [0, 0.0, torch.tensor(False), torch.tensor(0.0)], ids=repr)
-def test_a_step_without_weight_changes_no_codebook_and_no_scale(weight):
+@pytest.mark.parametrize('finite', [False, torch.tensor(False)], ids=repr)
+def test_a_step_that_is_not_finite_changes_no_codebook_and_no_scale(finite):
     codebook, vectors = unused_codes()
     before = codebook.usage.clone(), codebook.weight.detach().clone()
-    codebook.count(codebook.histogram(2 * [torch.arange(8)[None]]), weight)
-    assert codebook.reseed(vectors, seeded(), 0.03, weight) == 0
+    codebook.count(codebook.histogram(2 * [torch.arange(8)[None]]), finite)
+    assert codebook.reseed(vectors, seeded(), 0.03, finite) == 0
     assert torch.equal(codebook.usage, before[0]) and torch.equal(codebook.weight, before[1])
     alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
     for scale in (torch.zeros(5), torch.arange(1.0, 6.0)):
         alias.scale.copy_(scale)
-        alias.track_scale(torch.full((5,), 9.0), weight)
+        alias.track_scale(torch.full((5,), 9.0), finite)
         assert torch.equal(alias.scale, scale)
 
 
@@ -437,16 +437,16 @@ def test_alias_scale_follows_the_standard_deviation_of_every_view():
 def test_before_anything_was_tracked_a_view_is_divided_by_its_own_deviation():
     alias = AliasTokenizer(structure_tokenizer(), channels=12, channel_mult=(1, 1, 1))
     views = alias.views(pictures())
-    first = alias.normalized(views, energies(views))
+    first = alias.normalised(views, energies(views))
     assert all(view.square().mean().item() == pytest.approx(1, rel=1e-4) for view in first)
     alias.track_scale(energies(views))                      # from now on it is the running one, whatever the batch holds
-    assert same(alias.normalized(views, 4 * energies(views)), first) and same(alias.normalized(views), first)
+    assert same(alias.normalised(views, 4 * energies(views)), first) and same(alias.normalised(views), first)
 
 
 def test_alias_scale_divides_before_and_multiplies_after_and_is_saved():
     alias = alias_tokenizer()
     assert torch.equal(alias.state_dict()['scale'], alias.scale) and (alias.scale > 0).all()
-    for view in alias.normalized(alias.views(pictures())):
+    for view in alias.normalised(alias.views(pictures())):
         assert view.square().mean().item() == pytest.approx(1, rel=1e-4)
     tokens = alias.encode(pictures())
     before = alias.decode(tokens)
@@ -459,7 +459,7 @@ def test_alias_scale_divides_before_and_multiplies_after_and_is_saved():
 
 def test_an_alias_training_pass_gives_gradients_to_all_of_its_own_weights():
     alias = alias_tokenizer()
-    out = alias(alias.normalized(alias.views(pictures())))
+    out = alias(alias.normalised(alias.views(pictures())))
     (out.l2 + out.vq).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in alias.parameters())
     assert same(out.tokens, alias.encode(pictures()))
