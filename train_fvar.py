@@ -2,7 +2,7 @@
 
     python train_fvar.py config/charts.py
     torchrun --nproc_per_node=8 train_fvar.py config/d16.py
-    python train_fvar.py config/charts.py --distill=False --out_dir=out-var     # the plain VAR baseline
+    python train_fvar.py config/charts.py --distill=False     # no teacher; VAR, given pyramid='scale' tokens
 
 Reads tokenizer.pt and the token files of encode.py. Writes to out_dir: student.pt (the deployed network and
 nothing else), fvar_state.pt (for --init_from=resume) and fvar.jsonl (the log).
@@ -38,7 +38,7 @@ shared_aln = False              # one AdaLN projection for all blocks (VAR's 512
 drop_path = -1.0                # stochastic depth of the last block; −1 means VAR's 0.1·depth/24
 class_dropout = 0.1             # fraction of labels replaced by "no class", for guidance
 # teacher and distillation
-distill = True                  # False trains a plain VAR, without a teacher
+distill = True                  # False: no teacher, the student alone
 alias_scales = 2                # the last M token maps, which see alias tokens
 teacher_blocks = 2              # blocks with Alias-Gate Cross-Attention
 shared_blocks = -1              # blocks shared with the student; −1: all but teacher_blocks, 0: none
