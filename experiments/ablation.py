@@ -36,7 +36,6 @@ import train_fvar
 import train_tokenizer
 from configurator import HERE, UserError, configure, parse_value, read_config_file
 from data import normalize, open_dataset, sample_generators
-from experiments.aliasing import spectrum_distance
 from published import load_deployed
 from util import runtime
 from util.checkpoint import read_json, read_log, write_json
@@ -70,7 +69,7 @@ TABLE_3 = {
     'no_refocusing': 'w/o progressive refocusing',
     'gaussian': 'w/ Gaussian blur',
     'no_teacher': 'w/o high-frequency teacher',
-    'no_dual': 'w/o dual tokenizers',
+    'no_dual': 'w/o dual tokenizers'
 }
 TABLE_4 = {
     'focus_input=view': 'views encoded (Eq. 3)',
@@ -84,13 +83,13 @@ TABLE_4 = {
     'teacher_blocks=2': '2 teacher blocks',
     'shared_blocks=0': 'separate teacher network',
     'lambda_feat=1': "10 × feature loss (the paper's weight)",
-    'lambda_feat=0': 'no feature loss (KL only)',
+    'lambda_feat=0': 'no feature loss (KL only)'
 }
 # Students are also sampled with the published setting, and with more guidance and more variety: the ranking
 # of the rows may depend on it.
 SAMPLINGS = (
     {'parts': 'samples', 'cfg': 1.5, 'top_p': 0.96},
-    {'parts': 'samples', 'cfg': 4.0, 'top_p': 0.9},
+    {'parts': 'samples', 'cfg': 4.0, 'top_p': 0.9}
 )
 DEFAULTS = {script.__name__: script.config for script in (train_tokenizer, encode, train_fvar, evaluate)}
 
@@ -127,11 +126,11 @@ def settings(row='', seed=0):
             'data': data,
             'steps': tokenizer_steps,
             'warm_start': tokenizer_steps // 3,
-            'vocab_size': vocab_size,
+            'vocab_size': vocab_size
         },
         'encode': {},
         'train_fvar': {'steps': steps, 'distill_warmup': 2 * steps // 3},
-        'evaluate': {'cnn_steps': cnn_steps},
+        'evaluate': {'cnn_steps': cnn_steps}
     }
     name, _, text = row.partition('=')
     for script, defaults in DEFAULTS.items():
@@ -209,7 +208,7 @@ def evaluate_row(of):
         'rfd': sets['reconstructed']['fd_cnn'],
         'fd': fd,
         'recognised': sets['generated']['recognised'],
-        'bits': found['student']['bits_per_image'],
+        'bits': found['student']['bits_per_image']
     }
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     return metrics | {'fd_sampled': fd_sampled, 'torch': torch.__version__}
@@ -331,7 +330,7 @@ def make_figures():
     """Compares VAR and FVAR, seed 0, in two pictures beside the results file.
 
     …_samples.png: per class a held-out image, its reconstructions, and four samples of each.
-    …_curves.png: training loss, spectrum of the reconstruction error, and spectrum of the samples.
+    …_curves.png: training loss.
     """
     from matplotlib.figure import Figure                    # a development dependency
 
@@ -342,10 +341,10 @@ def make_figures():
     real = normalize(real[order])
     first = torch.searchsorted(labels, torch.arange(len(dataset.classes)))      # per class
     columns = {'real': real[first]}
-    figure = Figure(figsize=(15, 4), layout='constrained')
-    axes = losses, errors, spectra = figure.subplots(1, 3)
+    figure = Figure(layout='constrained')
+    axes = figure.subplots()
+    axes.set(xlabel='step', ylabel='student: nats per token')
     how = DEFAULTS['evaluate'] | common['evaluate']
-    frequencies = [(ring + 0.5) / 16 for ring in range(8)]
     for name, row in (('VAR', 'var'), ('FVAR', 'full')):
         stage1, folder = folders(settings(row))
         structure, student, *_ = load_deployed(folder, tokenizer=f'{stage1}/tokenizer.pt')
@@ -355,16 +354,8 @@ def make_figures():
         samples = student.generate(structure, labels, how['cfg'], how['top_k'], how['top_p'], generators)[1]
         columns |= {f'{name}\nsample {i + 1}': samples[first + i] for i in range(4)}
         records = [record for record in read_log(f'{folder}/fvar.jsonl') if 'ce' in record]
-        losses.plot([record['step'] for record in records], [record['ce'] for record in records], label=name)
-        errors.plot(frequencies, spectrum_distance(decoded - real, real), label=name)
-        spectra.plot(frequencies, spectrum_distance(samples, real), label=name)
-    spectra.plot(frequencies, spectrum_distance(real[::2], real[1::2]), label='real, half against half')
-
-    losses.set(xlabel='step', title='student: nats per token')
-    errors.set(xlabel='cycles per pixel', title='tokenizer: error / image, dB')
-    spectra.set(xlabel='cycles per pixel', title='samples / real images, dB')
-    for each in axes:
-        each.legend()
+        axes.plot([record['step'] for record in records], [record['ce'] for record in records], label=name)
+    axes.legend()
     beside = Path(results).with_suffix('')
     figure.savefig(f'{beside}_curves.png')
     cells = torch.stack(list(columns.values()), 1).flatten(0, 1)

@@ -15,7 +15,7 @@ spectrum    radial power spectrum relative to real pictures, in dB per ring, bes
             relative to the other. "its error" is the spectrum of reconstruction − picture.
 
 The views come from pyramid.defocus_decimate without the noise of Eq. 3, with the settings below. Prints one
-table per measure; writes aliasing.json, and aliasing.png with a zone plate as the views show it.
+table per measure; writes aliasing.json.
 """
 import math
 from collections import defaultdict
@@ -32,10 +32,9 @@ from util import runtime
 from util.checkpoint import digest, write_json
 from util.metrics import psnr
 from util.picture_sets import load_images, read_samples
-from util.pictures import picture_grid, save_png
 
 # input and output
-out_dir = 'out'                                 # folder for aliasing.json and aliasing.png
+out_dir = 'out'                                 # folder for aliasing.json
 data = ''                                       # 'charts' or a folder (default: that of the tokenizer)
 tokenizer = ''                                  # tokenizer.pt to measure
 samples = ''                                    # samples to measure: a folder of PNGs or an .npz
@@ -58,7 +57,7 @@ FILTERS = {
     'disk cosine': ('disk', 'cosine'),
     'Gaussian': ('gaussian', 'matched'),
     'none': ('none', 'matched'),
-    'ideal': ('ideal', 'matched'),
+    'ideal': ('ideal', 'matched')
 }
 # {title: (format, metrics of measure_view)}
 TABLES = {
@@ -66,7 +65,7 @@ TABLES = {
     'shift: dB of the error below the view': ('.1f', 'shift'),
     'zone plate: contrast below Nyquist / beyond': ('.2f', 'zone_wanted', 'zone_alias'),
     'slanted edge: MTF50 in cycles per pixel (1.00: never) / mean response beyond Nyquist':
-        ('.2f', 'mtf50', 'mtf_beyond'),
+        ('.2f', 'mtf50', 'mtf_beyond')
 }
 FREQUENCIES = torch.linspace(0, 1, 201, dtype=torch.float64)    # of an MTF, in cycles per pixel
 EXACT = 200.0                                   # dB; errors of float64 arithmetic are below that
@@ -205,7 +204,7 @@ def measure_view(images, radius, size, kernel):
         'zone_wanted': wanted,
         'zone_alias': beyond,
         'mtf50': mtf50,
-        'mtf_beyond': mtf_beyond,
+        'mtf_beyond': mtf_beyond
     }
 
 
@@ -339,20 +338,6 @@ def reconstruction_shift(structure, images, shifts):
     return agreement, psnr(still, images[..., :S, :S])
 
 
-def reconstruction_mtf(structure):
-    """(MTF of pictures of an edge, MTF of their reconstructions) in cycles per pixel.
-
-    Both are of the mean edge, so edges in the wrong place count as blur.
-    """
-    side = structure.image_size
-    offsets = (torch.arange(64) / 32 - 1) * side / structure.patch_nums[-1]
-    edges = 0.8 * slanted_edges(side, offsets).expand(-1, 3, -1, -1)
-    distance = edge_distance(torch.arange(side), side / 2, offsets)
-    distance = distance.expand_as(edges)
-    decoded = reconstruct(structure, edges)
-    return edge_mtf(edges, distance, side), edge_mtf(decoded, distance, side)
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -386,24 +371,17 @@ def measure_pyramid(images):
 
 
 def measure_tokenizer(structure, data_name):
-    """Prints and returns the shift equivariance and edge response of reconstructions."""
+    """Prints and returns the shift equivariance of reconstructions."""
     shifts = range(1, structure.image_size // structure.patch_nums[-1] + 1)
     larger = open_dataset(data_name, 'val', structure.image_size + max(shifts), real_images)
     images, _ = load_images(larger, real_images)
     agreement, still = reconstruction_shift(structure, normalize(images), shifts)
-    edge = dict(zip(('picture', 'reconstruction'), map(edge_metrics, reconstruction_mtf(structure))))
     runtime.say(
         f'\nreconstructions: PSNR {still:.2f} dB. Against those of the picture shifted by 1, 2, … pixels '
         f'(independent errors give {still - 3.01:.2f} dB):\n'
         + ' '.join(show(value, '.2f') for value in agreement)
     )
-    for name, (mtf50, beyond) in edge.items():
-        runtime.say(f'slanted edge, {name}: MTF50 {mtf50:.3f} cycles per pixel, beyond Nyquist {beyond:.3f}')
-    return {
-        'psnr': still,
-        'shift_psnr': dict(zip(shifts, agreement)),
-        'edge': edge,
-    }
+    return {'psnr': still, 'shift_psnr': dict(zip(shifts, agreement))}
 
 
 def measure_spectra(sets, real, labels):
@@ -419,18 +397,6 @@ def measure_spectra(sets, real, labels):
     for name, values in distances.items():
         runtime.say(f'{name:15}' + ''.join(f'{value:+7.2f}' for value in values))
     return distances
-
-
-def draw_zone_plate():
-    """A zone plate up to its Nyquist frequency as views with an integer step show it, one row per filter."""
-    plate = zone_plate(image_size, 0.5)[:1]
-    cells = []
-    for _, (radius, size, kernel) in filtered_views():
-        if image_size % size == 0:
-            cell = view(plate, radius, size, kernel)
-            cells.append(F.interpolate(cell, (256, 256)))
-    columns = len(cells) // len(FILTERS)
-    return picture_grid(torch.cat(cells).expand(-1, 3, -1, -1), columns, list(FILTERS))
 
 
 def main():
@@ -464,8 +430,7 @@ def main():
             sets['its error'] = sets['reconstructed'] - real
         results['spectrum'] = measure_spectra(sets, real, labels)
     write_json(f'{out_dir}/aliasing.json', results)
-    save_png(f'{out_dir}/aliasing.png', draw_zone_plate())
-    runtime.say(f'wrote {out_dir}/aliasing.json and aliasing.png')
+    runtime.say(f'wrote {out_dir}/aliasing.json')
 
 
 if __name__ == '__main__':

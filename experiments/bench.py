@@ -3,7 +3,7 @@
     python -m experiments.bench             # the demo's networks on a CPU, the paper's on a GPU
     python -m experiments.bench --stage1=config/tokenizer_256.py --stage2=config/d16.py --parts=train,sample
 
-pyramid    the focused views of a batch at 256 px, against direct convolution and FFT of the whole picture
+pyramid    the focused views of a batch at 256 px, against blurring whole pictures before sampling them
 tokenizer  encoding into structure tokens and alias tokens, and decoding
 encode     images to token files
 train      a step of stage 2 from token files, without and with teacher
@@ -30,7 +30,7 @@ import train_tokenizer
 from configurator import UserError, configure, read_config_file
 from data import normalize
 from model import FVAR, Teacher, build_student, compile_sampling
-from pyramid import convolve, convolve_fft, decimate, defocus_decimate, focus_radii, psf
+from pyramid import decimate, defocus, defocus_decimate, focus_radii
 from tokenizer import build_tokenizers
 from util import runtime
 from util.charts import Charts
@@ -129,18 +129,12 @@ def inference(b, function, *arguments):
 
 
 def bench_pyramid(b):
-    count = 16 if b.dev.type == 'cuda' else 2
-    x = torch.rand(count, 3, 256, 256, device=b.dev) * 2 - 1
+    x = torch.rand(4, 3, 256, 256, device=b.dev) * 2 - 1
     patch_nums = train_tokenizer.patch_nums
     views = [(radius, 16 * p) for radius, p in zip(focus_radii(patch_nums, 256), patch_nums)]
-
-    def whole(convolution):
-        return [decimate(convolution(x, psf(radius, 'disk')), size) for radius, size in views]
-
-    yield count, {
+    yield len(x), {
         'cheapest route': lambda: [defocus_decimate(x, radius, size) for radius, size in views],
-        'direct convolution': lambda: whole(convolve),
-        'FFT': lambda: whole(convolve_fft),
+        'blur all, then sample': lambda: [decimate(defocus(x, radius), size) for radius, size in views]
     }
 
 
@@ -148,7 +142,7 @@ def bench_tokenizer(b):
     yield b.count, {
         'structure tokens': partial(inference, b, b.structure.encode, b.images),
         'alias tokens': partial(inference, b, b.alias.encode, b.images),
-        'decoding': partial(inference, b, b.structure.decode, b.tokens),
+        'decoding': partial(inference, b, b.structure.decode, b.tokens)
     }
 
 
@@ -219,7 +213,7 @@ PARTS = {
     'encode': bench_encode,
     'train': bench_train,
     'sample': bench_sample,
-    'depths': bench_depths,
+    'depths': bench_depths
 }
 
 

@@ -27,7 +27,6 @@ init_from = ''                  # student.pt (default: the one in out_dir)
 tokenizer = ''                  # tokenizer.pt (default: the one beside student.pt)
 data = ''                       # images (default: the tokenizer's training data)
 images = 200                    # number of held-out images
-workers = 0                     # processes that decode images of a folder
 # sampling; the defaults are VAR's
 top_k = 900                     # keep the k most likely codes; 0: all
 top_p = 0.96                    # keep the most likely codes up to this probability; 0: all
@@ -83,7 +82,7 @@ def restore(student, structure, images, radius, noise, autocast):
             'unsharp': unsharp(blurred, radius),
             'Wiener': wiener(blurred, radius, kernel, power),
             'student': sampled,
-            'student + Wiener': consistent(sampled, blurred, radius, kernel, power),
+            'student + Wiener': consistent(sampled, blurred, radius, kernel, power)
         }
         for name, y in methods.items():
             restored[name].append(y.clamp(-1, 1).float().cpu())
@@ -111,7 +110,7 @@ def main():
     runtime.require_positive(config, 'images')
     structure, student, stage1, _ = load_deployed(out_dir, init_from, tokenizer, device=dev)
     held_out = open_dataset(data or stage1['config']['data'], 'val', structure.image_size)
-    rows = refocus_metrics(student, structure, load_images(held_out, images, workers)[0], autocast)
+    rows = refocus_metrics(student, structure, load_images(held_out, images)[0], autocast)
     results = {'config': config, 'student_digest': digest(student.state_dict()), 'refocus': rows}
     write_json(f'{out_dir}/refocus.json', results)
     runtime.say(f'wrote {out_dir}/refocus.json')
