@@ -1,4 +1,4 @@
-# Everything happens in a virtual environment of this folder. PYTHON is any Python of 3.10 or later.
+# Everything runs in a virtual environment in this folder. PYTHON is any Python from 3.10 on.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
@@ -6,15 +6,15 @@ python = $(VENV)/bin/python
 run = $(python) $(1).py config/charts.py --out_dir=$(OUT)
 
 help:
-	@echo 'make demo      trains, samples and evaluates the whole method on optical test charts; pictures come to $(OUT)/'
-	@echo 'make test      runs the tests'
-	@echo 'make figures   draws the pictures of the README again, from what the demo (and the ablation) trained'
-	@echo 'make ablation  trains the rows of Tables 3 and 4 at desk scale, hours of it, in pieces that resume'
-	@echo 'make chaos     kills every long stage at random moments, starts it again, and compares with a run left alone'
-	@echo 'make rehearsal runs the protocol of the README on two ranks of the CPU, everything small, stops and resumes it'
-	@echo 'make growth    memory, FLOPs and hours of every configuration on eight A100, computed on a GPU that is not there'
-	@echo 'make lint      looks for faults of form and unused names'
-	@echo 'make clean     removes $(OUT)/ (not $(VENV)/)'
+	@echo 'make demo       trains, samples and evaluates the whole method on optical test charts; writes to $(OUT)/'
+	@echo 'make test       runs the tests'
+	@echo 'make figures    redraws the pictures of the README from what the demo (and the ablation) trained'
+	@echo 'make ablation   trains the rows of Tables 3 and 4 at desk scale: hours, in pieces that resume'
+	@echo 'make chaos      kills every long stage at random moments, restarts it, and compares with an undisturbed run'
+	@echo 'make rehearsal  runs the protocol of the README on two CPU processes, shrunk, with stops and resumes'
+	@echo 'make growth     computes memory, FLOPs and hours of every configuration on eight A100'
+	@echo 'make lint       checks style and unused names'
+	@echo 'make clean      removes $(OUT)/ (not $(VENV)/)'
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=python3.12 takes another")'
