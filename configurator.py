@@ -16,8 +16,10 @@ docstring and the settings with their comments.
 import ast
 import difflib
 import keyword
+import os
 import sys
 import traceback
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,29 @@ HERE = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """A mistake that the user can fix. Shown as one line; exit status 2."""
+
+
+class Console:
+    """stdout or stderr that never raises: a run must not end because of what it prints, or who reads it.
+
+    Characters that the encoding lacks become '?'. Text is dropped if the stream is closed or its reader gone.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w')       # None if it was closed from the start
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def read_settings(source_file):
@@ -168,6 +193,7 @@ def configure(namespace, positional=None):
     Imported scripts keep their defaults. A mistake ends the program with one line and status 2.
     """
     if namespace['__name__'] == '__main__':
+        sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
         try:
             namespace.update(parse(namespace, sys.argv[1:], positional))
         except UserError as error:
