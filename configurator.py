@@ -39,8 +39,8 @@ class Console:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')       # None if it was closed from the start
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')
+        if hasattr(self.stream, 'reconfigure'):
+            self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -1,5 +1,6 @@
 """configurator.py: what counts as a setting, what overrides it, and what is said about mistakes."""
 import importlib
+import os
 import runpy
 import subprocess
 import sys
@@ -296,3 +297,53 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2():
     run = run_script('sample.py', 'config/charts.py', '--per_clas=3')
     assert run.returncode == 2 and run.stdout == ''
     assert run.stderr == "error: --per_clas=3: unknown setting 'per_clas'; did you mean 'per_class'?\n"
+
+
+# -----------------------------------------------------------------------------
+# the console
+
+SPEAKER = '''"""ρ × …"""
+import os, sys
+from configurator import configure
+rows = 3                        # × rows
+config = configure(globals())
+for i in range(3):
+    print('3 × 4 … ρ', flush=True)
+    print('3 × 4 … ρ', os.fsdecode(b'\\xff'), file=sys.stderr)
+open('saved', 'w').close()
+'''
+
+
+@pytest.fixture
+def speak(tmp_path):
+    """Runs a script that prints and then saves a file."""
+    def speak(*arguments, **options):
+        (tmp_path / 'speaker.py').write_text(SPEAKER, encoding='utf-8')
+        environment = os.environ | {'PYTHONPATH': str(HERE)} | options.pop('env', {})
+        command = [sys.executable, 'speaker.py', *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, **options)
+    return speak
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252', 'utf-8'])
+def test_a_console_of_few_characters_ends_no_run(speak, tmp_path, encoding):
+    for arguments in (), ('--help',), ('--rows=×',):
+        done = speak(*arguments, env={'PYTHONIOENCODING': encoding}, capture_output=True)
+        assert done.returncode == (2 if arguments == ('--rows=×',) else 0) and b'Traceback' not in done.stderr
+        assert len(done.stdout + done.stderr) > 10
+    assert (tmp_path / 'saved').exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='closes a stream as a shell does')
+@pytest.mark.parametrize('stream', [1, 2])
+def test_a_console_that_is_closed_or_that_nobody_reads_ends_no_run(speak, tmp_path, stream):
+    for arguments in (), ('--help',):
+        reader, writer = os.pipe()
+        os.close(reader)
+        for instead in (lambda: os.close(stream), lambda: os.dup2(writer, stream)):
+            (tmp_path / 'saved').unlink(missing_ok=True)
+            other = {'stdout' if stream == 2 else 'stderr': subprocess.PIPE}
+            done = speak(*arguments, preexec_fn=instead, **other)
+            assert done.returncode == 0 and b'Traceback' not in (done.stderr or b'')
+            assert (tmp_path / 'saved').exists() != bool(arguments)
+        os.close(writer)
