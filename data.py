@@ -10,19 +10,23 @@ of samples and their crops depend only on (seed, sample number), so a resumed ru
 another number of ranks.
 """
 import errno
+import hashlib
 import itertools
+import json
 import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 
 from configurator import UserError
@@ -44,16 +48,26 @@ def to_uint8(images):
 # -----------------------------------------------------------------------------
 # folders of images
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+Image.init()
+# Pillow recognises these but cannot decode them, except EPS, for which it would run Ghostscript
+NOT_READ = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+FORMATS = [name for name in Image.ID if name not in NOT_READ]
+EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # bytes; the pixels are fine
 
 
 def class_folders(folder):
-    return sorted(entry.name for entry in os.scandir(folder)
-                  if os.path.isdir(entry) and not entry.name.startswith('.'))
+    """Sorted names of the class folders, in numeric order if all are whole numbers."""
+    names = sorted(entry.name for entry in os.scandir(folder)
+                   if os.path.isdir(entry) and not entry.name.startswith('.'))
+    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 
 def pictures_below(folder):
-    """Sorted paths of all pictures in a folder and its subfolders. Links are followed, each target once."""
+    """Sorted paths of all pictures in a folder and its subfolders, and paths of the files Pillow cannot read.
+
+    Links are followed, each target once. Hidden files are ignored.
+    """
     seen, files = set(), []
     for where, folders, names in os.walk(folder, followlinks=True):
         target = os.path.realpath(where)
@@ -62,9 +76,26 @@ def pictures_below(folder):
             continue
         seen.add(target)
         folders.sort()
-        files += [os.path.join(where, name) for name in names
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
-    return sorted(files)
+        files += [os.path.join(where, name) for name in names if not name.startswith('.')]
+    pictures = {file for file in files if file.lower().endswith(EXTENSIONS)}
+    return sorted(pictures), sorted(set(files) - pictures)
+
+
+def report_left_out(folder, files):
+    """Says in one line how many files of a folder are not used."""
+    if files:
+        kinds = sorted({os.path.splitext(file)[1] or 'no extension' for file in files})
+        runtime.say(f'warning: {folder!a}: left out {len(files)} files that are no pictures or in no class '
+                    f'folder ({", ".join(kinds[:9])!a})')
+
+
+def check_ranks_agree(what, texts):
+    """Raises UserError on every rank unless all ranks have the same texts."""
+    hashed = hashlib.blake2b(os.fsencode('\n'.join(texts)), digest_size=7).digest()
+    number = int.from_bytes(hashed, 'big')
+    most, least = runtime.all_reduce_max(torch.tensor([number, -number])).tolist()
+    if most != -least:
+        raise UserError(f'{what}: not the same on every rank; give all machines the same files')
 
 
 def read_picture(path, least_side):
@@ -76,11 +107,12 @@ def read_picture(path, least_side):
     if os.path.exists(path) and not os.path.isfile(path):   # reading a pipe would wait for ever
         raise OSError('not a file')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                     # odd EXIF and the like: the pixels are fine
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        warnings.simplefilter('ignore')
+        with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (least_side, least_side))
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            with suppress(Exception):                       # rubbish in EXIF or XMP: the pixels are fine
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I'):                  # 16-bit grey, which convert() would clip at 255
                 grey = np.asarray(image).astype(np.float32) / 257
                 image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
@@ -104,16 +136,16 @@ def square_crop(image, size, side, across=0.5, down=0.5):
 
 
 class ImageFolder(Dataset):
-    """Pictures in root/split/<class>/, at any depth: jpg, jpeg, png, webp or bmp.
+    """Pictures in root/split/<class>/, at any depth and in any format that Pillow reads.
 
     dataset[index] is the centre crop and the label; dataset[index, position] is a random crop, drawn from
     (seed, position) and mirrored half of the time if flip. Crops are uint8 (3, S, S), of the picture with its
     shorter side resized to 1.125 S. If root/train exists, classes are its folders, so that labels mean the
     same in every split. files: list of paths; labels: (N,) int64.
 
-    Unreadable files are skipped: each is named in one warning and listed in `skipped`, and the next readable
-    file takes its place. Raises UserError if the split, its classes or their pictures are missing, if train
-    lacks a class, and if no file can be read.
+    Unreadable files are skipped: each is named in one line on stderr and listed in `skipped`, and the next
+    readable file takes its place. Raises UserError if the split, its classes or their pictures are missing,
+    if train lacks a class, if no file can be read, and if the ranks find different files.
     """
 
     def __init__(self, root, split, image_size, flip=False, seed=0):
@@ -128,15 +160,20 @@ class ImageFolder(Dataset):
         self.classes = class_folders(train) if os.path.isdir(train) else names
 
         self.files, labels = [], []
+        left_out = [entry.name for entry in os.scandir(folder)
+                    if not os.path.isdir(entry) and not entry.name.startswith('.')]
         for name in names:
             if name not in self.classes:
                 raise UserError(f'class {name!a} of {folder!a} is not in train; rename it or add it there')
-            files = pictures_below(os.path.join(folder, name))
+            files, others = pictures_below(os.path.join(folder, name))
             if not files:
-                raise UserError(f'class {name!a} of {folder!a} has no pictures (jpg, jpeg, png, webp, bmp); '
-                                f'add some or remove the folder')
+                raise UserError(f'class {name!a} of {folder!a} has no pictures that Pillow reads, such as '
+                                f'.jpg or .png; add some or remove the folder')
             self.files += files
+            left_out += others
             labels += [self.classes.index(name)] * len(files)
+        report_left_out(folder, left_out)
+        check_ranks_agree(ascii(folder), self.classes + [file[len(folder):] for file in self.files])
         self.labels = torch.tensor(labels)
         self.image_size, self.flip, self.seed = image_size, flip, seed
         self.resized_side = round(1.125 * image_size)
@@ -159,16 +196,17 @@ class ImageFolder(Dataset):
             if image is not None:
                 return self.crop(image, position), int(self.labels[candidate])
         raise UserError(f'none of the {len(self)} pictures can be read, starting with {self.files[0]!a}; '
-                        f'the warnings say why')
+                        f'the lines above say why')
 
     def load(self, index):
-        """The whole picture as an upright RGB PIL image, or None, with a warning, if it is unreadable."""
+        """The whole picture as an upright RGB PIL image. If it is unreadable: None, and a line on stderr."""
         try:
             # twice the size needed: Lanczos halves better than the JPEG decoder
             return read_picture(self.files[index], 2 * self.resized_side)
         except Exception as error:                          # Pillow raises nearly anything on a broken file
             if not self.unreadable[index]:
-                warnings.warn(f'skipped {self.files[index]!a}: {type(error).__name__}: {error}')
+                reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+                print(f'warning: skipped {self.files[index]!a}: {reason}', file=sys.stderr)
             self.unreadable[index] = True
 
     def crop(self, image, position=None):
@@ -191,10 +229,20 @@ def open_dataset(data, split, image_size, count=None, flip=False, seed=0):
     if image_size < 1:
         raise UserError(f'image_size={image_size}: must be at least 1')
     if name != 'charts':
-        return ImageFolder(data, split, image_size, flip, seed)
+        folder = ImageFolder(data, split, image_size, flip, seed)
+        warn_if_flat(folder, f'{data}/{split}')
+        return folder
     if train_count and not train_count.isdecimal():
         raise UserError(f'data={data!r}: write charts, or charts:4000 to train on 4000 of them')
     return Charts(split, image_size, count or (int(train_count or 12_000) if split == 'train' else 1_000))
+
+
+def warn_if_flat(dataset, name):
+    """Warns if most pictures have less than a quarter of the full contrast, judging by eight of them."""
+    pixels = evenly_spaced(dataset, 8)[0].flatten(1)
+    if (pixels.amax(1) - pixels.amin(1)).median() <= 64:
+        runtime.say(f'warning: most pictures of {name!a} are nearly flat or nearly black; scale values of 10 '
+                    f'to 14 bits to 16 bits, and floating-point values to 255')
 
 
 # -----------------------------------------------------------------------------
@@ -286,8 +334,10 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     """A memory map (rows, columns) of a file that all ranks fill. Unfinished rows end in `not_yet`.
 
     path: a .partial file. Rows of an interrupted run are kept if PATH.json says that it was made_with the
-    same settings (a dictionary of JSON values). Otherwise the file is started again.
+    same settings (a dictionary of JSON values). Otherwise the file is started again. Raises UserError if the
+    ranks' settings differ.
     """
+    check_ranks_agree(f'what {path} is made with', [json.dumps(made_with)])
     path, description = Path(path), Path(f'{path}.json')
     size = rows * columns * np.dtype(dtype).itemsize
     known = read_json(description) or {}
@@ -334,7 +384,8 @@ class TokenDataset:
 
     A row holds the structure tokens of every map (L = Σ p² over patch_nums), the alias tokens (La, over
     alias_patch_nums) and the label. meta: the JSON as a dict. classes: class names. Raises UserError for
-    missing or damaged files and, if tokenizer_digest is given, for tokens from another tokenizer.
+    missing or damaged files, for files that differ between ranks and, if tokenizer_digest is given, for
+    tokens from another tokenizer.
     """
 
     def __init__(self, folder, split, tokenizer_digest=None):
@@ -353,6 +404,7 @@ class TokenDataset:
                             f'missing, damaged or from different runs; run encode.py')
         if tokenizer_digest and self.meta.get('tokenizer') != tokenizer_digest:
             raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
+        check_ranks_agree(ascii(str(self.path)), [json.dumps(meta)])
         self.tokens = np.memmap(self.path, dtype='<u2', mode='r', shape=shape)
 
     def __len__(self):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from data import fetch, pictures_below
+from data import fetch, pictures_below, report_left_out
 from util import runtime
 from util.pictures import open_photo
 
@@ -82,9 +82,10 @@ def read_reference(path, image_size):
 
 def read_folder(path, image_size, classes=()):
     """Pictures at any depth, shuffled, and their labels if all folders are named like classes, else None."""
-    files = pictures_below(path)
+    files, others = pictures_below(path)
     if not files:
         raise UserError(f'{path}: no pictures in this folder')
+    report_left_out(path, others)
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     for i, file in enumerate(files):
         pixels = np.array(open_photo(file, image_size))
@@ -154,7 +155,7 @@ def check_samples(images, labels, num_classes, reference=(), path=''):
     count = len(images)
     if count < 10:
         raise UserError(f'only {count} samples: too few for any distance; give at least 10, better thousands')
-    lossy = sum(file.lower().endswith(('.jpg', '.jpeg')) for file in pictures_below(path))
+    lossy = sum(file.lower().endswith(('.jpg', '.jpeg', '.jfif', '.jpe')) for file in pictures_below(path)[0])
     flat = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
     hashes = image_hashes(images[~flat])
     known = set(image_hashes(reference))
