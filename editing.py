@@ -22,26 +22,29 @@ def painted_tokens(mask, patch_nums):
     """Which tokens to sample again: those with at least half of their cell inside the mask.
 
     mask (S, S), 1 where to repaint. Returns a bool tensor (1, p_k²) per map. The first map is always kept:
-    it holds the tone of the whole picture, and old and new parts must agree on that.
+    it holds the tone of the whole picture, and old and new parts must agree on that. In the last map every
+    cell that the mask touches is painted, so a thin mask changes details only.
     """
-    painted = [
-        area(mask[None, None], p).flatten(1) >= 0.5
-        for p in patch_nums]
+    inside = [area(mask[None, None], p).flatten(1) for p in patch_nums]
+    painted = [cells >= 0.5 for cells in inside]
     painted[0] = torch.zeros_like(painted[0])
+    painted[-1] = inside[-1] > 0
     return painted
 
 
 def feather(mask, margin=2):
     """Blending weight of the new content, (S, S): 0 outside the mask, rising to 1 over `margin` pixels in it.
 
-    Every pixel outside stays as it was. There is no ramp at the picture's own borders.
+    Every pixel outside stays as it was. There is no ramp at the picture's own borders. Where the mask is too
+    thin for the ramp, the weight is scaled to reach 1 in its middle.
     """
     outside = (1 - mask)[None, None]
     weight = torch.zeros_like(mask)
     for _ in range(margin + 1):
         weight += (1 - outside[0, 0]) / (margin + 1)
         outside = F.max_pool2d(outside, 3, stride=1, padding=1)
-    return weight
+    middle = F.max_pool2d(weight[None], 2 * margin + 1, stride=1, padding=margin)[0]
+    return weight / middle.clamp(min=0.1)
 
 
 def edit(student, tokenizer, photo, mask, labels, **sampling):

@@ -87,8 +87,29 @@ def test_a_token_is_painted_if_half_of_its_cell_is():
     assert not one.any(), 'the first map holds the tone of the whole'
     assert torch.equal(eight.view(8, 8).float(), right_half[2::4, 2::4])
     assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 8), PATCH_NUMS)] == [0, 0, 1, 4]
-    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 5), (1, 4))] == [0, 1]
-    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 3), (1, 4))] == [0, 0]
+    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 5), (1, 4, 4))] == [0, 1, 1]
+    assert [cells.sum().item() for cells in painted_tokens(box(0, 0, 8, 3), (1, 4, 4))] == [0, 0, 1]
+
+
+THIN = {'line': box(15, 0, 16, 32), 'dot': box(5, 5, 6, 6), 'slash': torch.eye(32), 'frame': 1 - box(1, 1, 31, 31)}
+
+
+@pytest.mark.parametrize('mask', THIN.values(), ids=THIN)
+def test_a_thin_mask_is_painted_in_full_and_nothing_else_is(networks, photo, mask):
+    tokenizer, student = networks
+    inside = mask.bool()
+    touched = torch.nn.functional.max_pool2d(mask[None], 4)[0].bool()
+    *_, three, last = painted_tokens(mask, PATCH_NUMS)
+    assert torch.equal(last.view(8, 8), touched) and not three.any()
+    assert torch.equal(feather(mask, 2), mask), 'there is no room for a ramp'
+    images = edit(student, tokenizer, photo, mask, torch.full((8,), 3), generator=seeded())
+    assert torch.equal(images[..., ~inside], photo.expand_as(images)[..., ~inside])
+    assert len(images.flatten(1).unique(dim=0)) > 1
+
+
+def test_a_seam_in_a_narrow_mask_is_steeper():
+    assert torch.allclose(feather(box(10, 0, 13, 32))[16, 9:14], torch.tensor([0, 0.5, 1, 0.5, 0]))
+    assert torch.allclose(feather(box(10, 0, 15, 32))[16, 9:16], torch.tensor([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0]))
 
 
 def test_the_seam_is_feathered_inside_the_mask_only():

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from configurator import UserError
-from util.pictures import load_photo, picture_grid, save_gif, save_png, to_picture
+from util.pictures import load_mask, load_photo, picture_grid, save_gif, save_png, to_picture
 
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
 
@@ -176,3 +176,29 @@ def test_a_name_with_odd_characters_is_still_one_line(tmp_path):
     with pytest.raises(UserError, match='no such picture') as error:
         load_photo(str(tmp_path / 'ph\noto é.png'), 32)
     assert '\n' not in str(error.value) and str(error.value).isascii()
+
+
+# -----------------------------------------------------------------------------
+# masks
+
+@pytest.mark.parametrize('name', ['mask.png', 'mask.jpg'])
+@pytest.mark.parametrize('width', [1, 2, 5, 16, 40])
+def test_a_scratch_in_a_large_mask_is_kept(tmp_path, name, width):
+    """From 600 x 512 pixels to 32: every pixel of the result that the scratch touches is inside, others are not."""
+    photo, mask = Image.new('RGB', (600, 512)), Image.new('L', (600, 512))
+    photo.save(tmp_path / 'photo.png')
+    ImageDraw.Draw(mask).rectangle((144, 0, 144 + width - 1, 300), fill=255)
+    mask.save(tmp_path / name, **({'quality': 95} if name == 'mask.jpg' else {}))
+    inside = load_mask(f'{tmp_path}/{name}', f'{tmp_path}/photo.png', 32)
+    wanted = torch.zeros(32, 32)
+    wanted[:19, 6:6 + -(-(width + 4) // 16)] = 1            # 144 is 100 in the centre square: 6.25 of 16 pixels
+    assert torch.equal(inside, wanted)
+
+
+def test_a_mask_that_is_white_beside_the_centre_square_alone_covers_nothing(tmp_path):
+    photo, mask = Image.new('RGB', (600, 512)), Image.new('L', (600, 512))
+    photo.save(tmp_path / 'photo.png')
+    mask.paste(255, (0, 0, 40, 512))
+    mask.save(tmp_path / 'mask.png')
+    with pytest.raises(UserError, match="mask.png: covers nothing of the photo.s centre square"):
+        load_mask(f'{tmp_path}/mask.png', f'{tmp_path}/photo.png', 32)

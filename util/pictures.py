@@ -25,8 +25,13 @@ def open_photo(path, image_size):
         charts = Charts('val', image_size, len(Charts.classes))
         chart = charts.images[Charts.classes.index(path)]
         return to_picture(normalize(chart))
+    return open_picture(path, 2 * image_size)
+
+
+def open_picture(path, least_side):
+    """Opens a file as a PIL RGB image, as read_picture() does. Raises UserError if it cannot."""
     try:
-        return read_picture(path, 2 * image_size)
+        return read_picture(path, least_side)
     except FileNotFoundError:
         raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
@@ -55,22 +60,25 @@ def load_mask(mask, photo, image_size):
     """The part of a photo to repaint: (S, S), 1 inside and 0 outside, cropped like the photo in load_photo.
 
     mask: a picture with the photo's proportions, white where to repaint; or 'LEFT,TOP,RIGHT,BOTTOM', a box in
-    pixels of the result.
+    pixels of the result. A pixel of the result is inside if any of the mask's pixels in it is white.
     """
     if ',' in mask and not os.path.exists(mask):
         left, top, right, bottom = check_box('mask', mask.split(','), image_size)
         inside = torch.zeros(image_size, image_size)
         inside[top:bottom, left:right] = 1
     else:
-        w, h = open_photo(mask, image_size).size
+        picture = open_picture(mask, 10 ** 6)               # never decoded at a fraction of its size
+        w, h = picture.size
         width, height = open_photo(photo, image_size).size
         if abs(w / h - width / height) > 0.02 * width / height:
             raise UserError(f'{mask!a} is {w} × {h}, the photo {width} × {height}: '
                             f'the mask must have the proportions of the photo')
-        inside = (load_photo(mask, image_size)[0].mean(0) > 0).float()
+        square = ImageOps.fit(picture.convert('L'), (min(w, h),) * 2, Image.Resampling.NEAREST)
+        white = torch.from_numpy(np.array(square)) > 127
+        inside = F.adaptive_max_pool2d(white[None].float(), image_size)[0]
     if inside.min() == inside.max():
-        raise UserError(f'--mask={mask}: covers {"all" if inside.max() else "nothing"} of the photo; '
-                        f'white is repainted, black is kept')
+        raise UserError(f'--mask={mask}: covers {"all" if inside.max() else "nothing"} of the photo\'s '
+                        f'centre square; white is repainted, black is kept')
     return inside
 
 
