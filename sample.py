@@ -2,6 +2,7 @@
 
     python sample.py
     python sample.py --out_dir=out-d16 --classes=207,980 --per_class=16 --cfg=4 --seed=3
+    python sample.py --classes=none                             # without a class
     python sample.py --edit=PHOTO --mask=MASK.png               # inpainting: repaints where the mask is white
     python sample.py --edit=PHOTO --mask=8,8,24,24 --class=3    # class-conditional editing inside a box
     python sample.py --edit=PHOTO --outpaint=0,0,16,0           # outpainting, 16 pixels to the right
@@ -35,7 +36,9 @@ from model import compile_sampling, pictures_at_once
 from published import load_deployed, to_official
 from util import runtime
 from util.checkpoint import atomic_write, digest
-from util.pictures import load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture
+from util.pictures import (
+    legible, load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture,
+)
 
 # input and output
 out_dir = 'out'                 # folder for the pictures
@@ -45,7 +48,7 @@ vae = ''                        # a published VAR tokenizer instead
 patch_nums = ()                 # token maps of published weights (default: VAR's for 256 or 512 px)
 export = ''                     # folder for student and tokenizer in VAR's format; nothing is sampled
 # classes
-classes = ()                    # class numbers to sample (default: the first ten)
+classes = ''                    # class numbers, for example 207,980, or none (default: the first ten)
 per_class = 8                   # pictures per class, or variants of a photo
 seed = 0                        # the same seed gives the same pictures
 # many samples, for evaluation
@@ -94,24 +97,35 @@ def check_settings():
 
 
 def check_classes(names):
-    """Raises UserError for a class that the student does not have."""
-    for number in (*classes, max(class_, 0)):
-        if type(number) is not int or not 0 <= number < len(names):
+    """The numbers of the classes to sample. Raises UserError for a class that the student does not have."""
+    if classes == 'none':
+        return [len(names)]
+    chosen = classes.split(',') if classes else range(min(10, len(names)))
+    for number in (*chosen, max(class_, 0)):
+        if str(number).strip() not in map(str, range(len(names))):
             raise UserError(f'--class and --classes: there is no class {number}; '
-                            f'this student has 0 to {len(names) - 1}')
+                            f'this student has 0 to {len(names) - 1}, and none')
+    return list(map(int, chosen))
 
 
-def sample_classes(structure, student, names, autocast, dev):
-    """Writes samples.png and focus.gif."""
-    chosen = classes or range(min(10, len(names)))
+def name_classes(numbers, names):
+    """Classes for a message, as 'class 3 (brick)'. The number after the last class means none."""
+    return ', '.join(f'class {c} ({names[c]!r})' if c < len(names) else 'no class' for c in numbers)
+
+
+def sample_classes(structure, student, chosen, names, autocast, dev):
+    """Writes samples.png and focus.gif. chosen: class numbers, or one more than the last for no class."""
     labels = torch.tensor(chosen, device=dev).repeat_interleave(per_class)
-    generator = torch.Generator(dev).manual_seed(seed)
+    options = sampling | {'generator': torch.Generator(dev).manual_seed(seed)}
+    if classes == 'none':
+        options['cfg'] = 0
     samples = []
     for batch in labels.split(batch_size or pictures_at_once(student)):
         with autocast():
-            samples.append(student.generate(structure, batch, generator=generator, **sampling))
+            samples.append(student.generate(structure, batch, **options))
     tokens, images = zip(*samples)
-    grid = picture_grid(torch.cat(images), per_class, [names[c] for c in chosen])
+    row_names = [legible([*names, 'no class'][c]) or str(c) for c in chosen]
+    grid = picture_grid(torch.cat(images), per_class, row_names)
     save_png(f'{out_dir}/samples.png', grid)
 
     # the first picture of every class, decoded from more and more of its token maps
@@ -120,7 +134,8 @@ def sample_classes(structure, student, names, autocast, dev):
         picture_grid(state, min(5, len(chosen)), column_names=[f'focus state {k} of {len(states)}'], side=128)
         for k, state in enumerate(states, start=1)]
     save_gif(f'{out_dir}/focus.gif', frames)
-    runtime.say(f'wrote {out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif')
+    runtime.say(f'wrote {out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif: '
+                f'{name_classes(chosen, names)}')
 
 
 def generate_samples(structure, student, labels, batches, seed, autocast, **sampling):
@@ -174,7 +189,7 @@ def write_samples(structure, student, student_step, autocast, dev):
 
 
 @torch.no_grad()
-def edit_photo(structure, student, dev):
+def edit_photo(structure, student, names, dev):
     """Writes edit.png, outpaint.png or refocus.png, and every variant as a file of its own."""
     size = structure.image_size
     label = class_ % (student.num_classes + 1)              # −1 becomes num_classes: no class
@@ -200,7 +215,8 @@ def edit_photo(structure, student, dev):
     save_png(f'{out_dir}/{name}.png', grid)
     for i, image in enumerate(images, start=1):
         save_png(f'{out_dir}/{name}-{i}.png', to_picture(image))
-    runtime.say(f'wrote {out_dir}/{name}.png and {out_dir}/{name}-1.png … {per_class}')
+    runtime.say(f'wrote {out_dir}/{name}.png and {out_dir}/{name}-1.png … {per_class}: '
+                f'{name_classes([label], names)}')
 
 
 def export_weights(structure, student):
@@ -221,7 +237,8 @@ def main():
     autocast, _ = runtime.precision(dtype, dev)
     structure, student, _, checkpoint = load_deployed(
         out_dir, init_from, tokenizer, vae, patch_nums, dev)
-    check_classes(checkpoint['classes'])
+    names = checkpoint['classes']
+    chosen = check_classes(names)
     if compile:
         compile_sampling(student, dev)
     if num_samples:
@@ -230,9 +247,9 @@ def main():
         export_weights(structure, student)
     elif edit or refocus:
         with autocast():
-            edit_photo(structure, student, dev)
+            edit_photo(structure, student, names, dev)
     else:
-        sample_classes(structure, student, checkpoint['classes'], autocast, dev)
+        sample_classes(structure, student, chosen, names, autocast, dev)
 
 
 if __name__ == '__main__':

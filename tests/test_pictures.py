@@ -5,7 +5,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from configurator import UserError
-from util.pictures import load_mask, load_photo, picture_grid, save_gif, save_png, to_picture
+from util import pictures
+from util.pictures import (
+    font_for, fonts, legible, load_mask, load_photo, picture_grid, save_gif, save_png, to_picture,
+)
 
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
 
@@ -74,6 +77,37 @@ def test_the_margin_fits_the_longest_name():
     short, long = (picture_grid(images, 1, ('x', name)) for name in ('x', 'a class with a long name'))
     margin = pixels(long)[:, :long.width - 64]
     assert long.width > short.width + 100 and (margin[:, -4:] == 255).all() and (margin[:, -40:] < 100).any()
+
+
+FOUND = [font.getname()[0] for font in fonts()]
+
+
+@pytest.mark.parametrize('name, stripped', [
+    ('café', 'cafe'), ('cafe\u0301', 'cafe'), ('Ångström Ω', 'Angstrom'), ('金鱼 gold', 'gold'), ('金鱼', ''),
+    ('🐟', ''), ('cat', 'cat'),
+])
+@pytest.mark.parametrize('found', [FOUND, FOUND[:1]], ids=['with the fonts here', 'with ASCII alone'])
+def test_a_name_is_drawn_as_itself_or_without_what_no_font_has(monkeypatch, found, name, stripped):
+    available = [font for font in fonts() if font.getname()[0] in found]
+    monkeypatch.setattr(pictures, 'fonts', lambda: available)
+    text, font = legible(name), font_for(legible(name))
+    assert text in (name, stripped) and (text == stripped or len(found) > 1)
+    assert all(list(font.getmask(letter)) != list(font.getmask('\uffff')) for letter in text)
+    if text != name:
+        drawn = [pixels(picture_grid(noise(1, 64), 1, [shown], [shown])) for shown in (name, text)]
+        assert np.array_equal(*drawn)
+
+
+def test_a_font_with_the_letters_is_used_if_there_is_one():
+    if 'DejaVu Sans' not in FOUND:
+        pytest.skip('no DejaVu Sans here')
+    assert legible('café') == 'café' and font_for('café').getname()[0] == 'DejaVu Sans'
+    assert font_for('cafe').getname()[0] == FOUND[0]
+
+
+@pytest.mark.parametrize('name', ['new\nline', 'é\nline', 'é\r\t', '\udcff\udcfe', 'é\x07', '\u2028', ''])
+def test_any_name_of_a_folder_can_be_drawn(name):
+    assert picture_grid(noise(1, 64), 1, [name]).height == 64
 
 
 # -----------------------------------------------------------------------------

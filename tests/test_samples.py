@@ -270,6 +270,29 @@ def test_pictures_to_look_at_are_drawn_by_one_process(sample, monkeypatch):
     assert status == 2 and 'not with torchrun' in err
 
 
+def test_the_classes_that_are_sampled_are_named(sample, trained):
+    status, out, err = sample('--classes=2,0', '--per_class=1')
+    assert status == 0 and "samples.png (2 pictures)" in out and "class 2 ('c'), class 0 ('a')" in out, err
+    status, out, err = sample('--edit=brick', '--mask=4,4,12,12', '--class=1', '--per_class=1')
+    assert status == 0 and "edit-1.png … 1: class 1 ('b')" in out, err
+    status, out, err = sample('--edit=brick', '--mask=4,4,12,12', '--per_class=1')
+    assert status == 0 and out.splitlines()[-2].endswith('… 1: no class'), err
+
+
+def test_pictures_without_a_class(sample, trained):
+    status, out, err = sample('--classes=none', '--per_class=3')
+    assert status == 0 and 'samples.png (3 pictures)' in out and 'focus.gif: no class' in out, err
+    without = (trained / 'samples.png').read_bytes()
+    assert sample('--classes=none', '--per_class=3', '--cfg=7')[0] == 0
+    assert (trained / 'samples.png').read_bytes() == without, 'there is nothing to guide towards'
+
+
+@pytest.mark.parametrize('classes', ['3', '0,3', '-1', 'nobody', '0,none', '1.0', ','])
+def test_a_class_that_does_not_exist_is_named(sample, classes):
+    status, _, err = sample(f'--classes={classes}')
+    assert status == 2 and 'there is no class' in err and 'this student has 0 to 2, and none' in err
+
+
 def test_numbers_of_samples_that_fit():
     for count in (3, 30):
         assert balanced_labels(3, count, 0).bincount().tolist() == 3 * [count // 3]

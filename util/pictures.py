@@ -1,6 +1,9 @@
 """Picture files: photos and masks in, labelled grids and GIFs out. Images are float in [−1, 1]."""
 import math
 import os
+import unicodedata
+from contextlib import suppress
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -105,6 +108,38 @@ def place_photo(path, image_size, margins):
 # -----------------------------------------------------------------------------
 # grids and files
 
+# Fonts with many letters that Linux, macOS or Windows have, and some for Chinese, Japanese and Korean
+FONTS = ('DejaVuSans.ttf', 'Arial Unicode.ttf', 'arial.ttf', 'NotoSans-Regular.ttf',
+         'NotoSansCJK-Regular.ttc', 'wqy-microhei.ttc', 'DroidSansFallbackFull.ttf', 'msyh.ttc', 'malgun.ttf')
+
+
+@lru_cache
+def fonts():
+    """Pillow's own font, which has ASCII only, and those of FONTS that this machine has."""
+    found = [ImageFont.load_default(14)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, 14))
+    return found
+
+
+def font_for(text):
+    """The first font with all letters of a text, or None."""
+    if text.isascii():
+        return ImageFont.load_default(14)
+    for font in fonts():
+        missing = font.getmask('\uffff')                    # what a font draws for letters it lacks
+        if all(list(font.getmask(letter)) != list(missing) for letter in text.replace('\n', '')):
+            return font
+
+
+def legible(text):
+    """A text that some font has the letters for: the text itself, or what is left of it in ASCII."""
+    if font_for(text):
+        return text
+    return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().strip()
+
+
 def to_picture(image):
     """One image (3, S, S) as a PIL picture."""
     return Image.fromarray(to_uint8(image.cpu()).permute(1, 2, 0).numpy())
@@ -114,13 +149,14 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     """Images (N, 3, S, S) row by row in one PIL picture, each `side` pixels wide (default: S, at least 64).
 
     They are resized without smoothing. row_names stand to the left of the rows, column_names (one or two
-    lines each) above the columns.
+    lines each) above the columns; both are made legible().
     """
+    row_names = [legible(' '.join(name.split())) for name in row_names]
+    column_names = list(map(legible, column_names))
     S = images.shape[-1]
     side = side or math.ceil(64 / S) * S
     pitch = side + 2
-    font = ImageFont.load_default(14)
-    left = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
+    left = max((math.ceil(font_for(name).getlength(name)) + 12 for name in row_names), default=0)
     top = max((24 + 16 * name.count('\n') for name in column_names), default=0)
     corners = [
         (left + i % columns * pitch, top + i // columns * pitch)
@@ -132,9 +168,9 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
         cell = to_picture(image)
         canvas.paste(cell.resize((side, side), Image.Resampling.NEAREST), corner)
     for name, (_, y) in zip(row_names, corners[::columns]):
-        draw.text((6, y + side // 2 - 9), name, 'black', font)
+        draw.text((6, y + side // 2 - 9), name, 'black', font_for(name))
     for name, (x, _) in zip(column_names, corners):
-        draw.text((x + 4, 2), name, 'black', font)
+        draw.text((x + 4, 2), name, 'black', font_for(name))
     return canvas
 
 
