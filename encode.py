@@ -17,7 +17,7 @@ from configurator import UserError, configure
 from data import close_table, fetch, normalize, open_dataset, open_table, undone_batches
 from tokenizer import load_tokenizers
 from util import runtime
-from util.checkpoint import atomic_write, digest, read_json, write_json
+from util.checkpoint import atomic_write, digest, locked, read_json, write_json
 
 # input and output
 out_dir = 'out'                 # folder of tokenizer.pt; tokens/ is written there
@@ -105,8 +105,9 @@ def main():
     runtime.require_positive(config, 'crops', 'batch_size')
     autocast, _ = runtime.precision(dtype, dev)
     structure, alias, stage1 = load_tokenizers(f'{out_dir}/tokenizer.pt', dev)
-    for split in ('train', 'val'):
-        encode_split(split, structure, alias, stage1, dev, autocast)
+    with locked(f'{out_dir}/tokens/encode.lock'):
+        for split in ('train', 'val'):
+            encode_split(split, structure, alias, stage1, dev, autocast)
 
 
 if __name__ == '__main__':

@@ -62,12 +62,20 @@ def official_tokenizer_name(name, levels):
 # in
 
 class Published(dict):
-    """A copy of a published state dict. UserError if it is not one, or for a name that it lacks."""
+    """A copy of a published state dict. UserError if it is not one, or for a name that it lacks.
 
-    def __init__(self, state_dict, known, what):
-        if not isinstance(state_dict, dict) or known not in state_dict:
+    part: its name in a checkpoint of VAR's trainer. Prefixes that DDP and torch.compile add are removed.
+    """
+
+    def __init__(self, state_dict, part, known, what):
+        for inner in ('trainer', part):
+            if isinstance(state_dict, dict):
+                state_dict = state_dict.get(inner, state_dict)
+        if isinstance(state_dict, dict):
+            super().__init__((re.sub(r'\b(module|_orig_mod)\.', '', name), weight)
+                             for name, weight in state_dict.items())
+        if known not in self:
             raise UserError(f'this is no published VAR {what} (it has no {known})')
-        super().__init__(state_dict)
 
     def __missing__(self, name):
         raise UserError(f'this state dict is incomplete, or not as VAR publishes it: {name} is missing')
@@ -79,11 +87,13 @@ class Published(dict):
 
 
 def published_vae(state_dict):
-    return Published(state_dict, 'quantize.embedding.weight', 'tokenizer such as vae_ch160v4096z32.pth')
+    known = 'quantize.embedding.weight'
+    return Published(state_dict, 'vae_local', known, 'tokenizer such as vae_ch160v4096z32.pth')
 
 
 def published_var(state_dict):
-    return Published(state_dict, 'word_embed.weight', 'transformer such as var_d16.pth')
+    known = 'word_embed.weight'
+    return Published(state_dict, 'var_wo_ddp', known, 'transformer such as var_d16.pth')
 
 
 PUBLISHED_PATCH_NUMS = ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))  # 256, 512 px

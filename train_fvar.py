@@ -9,6 +9,7 @@ nothing else), fvar_state.pt (for --init_from=resume) and fvar.jsonl (the log).
 """
 import os
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 from configurator import UserError, configure
 from data import TokenDataset, endless_keys
 from model import FVAR, Teacher, build_student, held_out_loss, load_student
+from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import (
-    Log, check_same, digest, load_checkpoint, load_training_state, load_weights, read_weights, resumes,
-    save_checkpoint, training_state)
+    Log, check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_weights,
+    resumes, save_checkpoint, training_state)
 
 # input and output
 out_dir = 'out'                 # everything is written here
@@ -71,11 +73,10 @@ dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # determines everything random
 config = configure(globals())
 
-# settings that may change when a run is resumed
-MAY_CHANGE = (
-    'init_from', 'out_dir', 'tokenizer', 'tokens', 'steps', 'grad_accum_steps', 'eval_every',
-    'eval_pictures', 'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'grad_checkpoint',
-    'device')
+# what a resumed run cannot change: which parameters and averages there are, and which images each step sees
+FIXED = (
+    'depth', 'embed_dim', 'num_heads', 'mlp_ratio', 'qk_norm', 'shared_aln', 'distill', 'alias_scales',
+    'teacher_blocks', 'shared_blocks', 'optimizer', 'batch_size', 'seed')
 
 
 def training_batches(dataset, step):
@@ -99,11 +100,11 @@ def blocks_of(network):
     return [*network.student.blocks, *(network.teacher.blocks if network.teacher else ())]
 
 
-def build_network(structure, alias, num_classes, dev, start_weights=None):
-    """Student and teacher. The teacher copies the student's last blocks, so start_weights come first."""
+def build_network(structure, alias, num_classes, dev, fill=None):
+    """Student and teacher. The teacher copies the student's last blocks, so fill(student) comes first."""
     student, teacher = build_student(config, structure, num_classes).to(dev), None
-    if start_weights:
-        start_from(student, start_weights, structure)
+    if fill:
+        fill(student)
     student.grad_checkpoint = grad_checkpoint
     if distill:
         teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)
@@ -111,27 +112,40 @@ def build_network(structure, alias, num_classes, dev, start_weights=None):
     return FVAR(student, teacher, lambda_feat, lambda_logit)
 
 
-def start_from(student, saved, structure):
-    """Fills the student from a student.pt or a published transformer. If the number of classes differs, their
-    embeddings start anew."""
-    if 'word_embed.weight' in saved:
-        from published import load_official_student
-        weights = load_official_student(saved, structure.patch_nums, student.num_heads).state_dict()
+def start_from(student, structure, classes):
+    """Fills the student from init_from, a student.pt or a published transformer.
+
+    classes: names of the data's. Classes that a student.pt knows by name keep their embeddings, others start
+    anew. Published weights have no names: if there are as many, they go by number.
+    """
+    if not os.path.isfile(init_from):
+        raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
+                        'student.pt or a published transformer')
+    saved = read_weights(init_from)
+    if isinstance(saved, dict) and 'kind' in saved:
+        loaded, saved = load_student(init_from, structure)
+        known, matched_by = saved['classes'], 'name'
     else:
-        weights = load_student(init_from, structure)[0].state_dict()
-    embeddings, fresh = weights['class_embed.weight'], student.class_embed.weight.detach()
-    if embeddings.shape[0] != fresh.shape[0] and embeddings.shape[1] == fresh.shape[1]:
-        runtime.say(f'{init_from} knows {len(embeddings) - 1} classes, the data has {student.num_classes}: '
-                    'their embeddings start anew')
-        weights['class_embed.weight'] = torch.cat([fresh[:-1].to(embeddings), embeddings[-1:]])
+        loaded = load_official_student(saved, structure.patch_nums, student.num_heads)
+        known, matched_by = classes if loaded.num_classes == len(classes) else [], 'number'
+    weights = loaded.state_dict()
+    old, new = weights['class_embed.weight'], student.class_embed.weight.detach().clone()
+    kept = [name for name in classes if name in known]
+    runtime.say(f'{init_from} knows {len(kept)} of {len(classes)} classes by {matched_by}: they keep their '
+                f'embeddings, {len(classes) - len(kept)} start anew')
+    if old.shape[1] == new.shape[1]:
+        for name in kept:
+            new[classes.index(name)] = old[known.index(name)]
+        new[-1] = old[-1]                                   # no class
+        weights['class_embed.weight'] = new
     load_weights(student, weights, init_from)
 
 
-def set_up(dev, structure, alias, num_classes, start_weights=None):
+def set_up(dev, structure, alias, num_classes, fill=None):
     """The networks on a device and what trains them, as a namespace."""
     run = SimpleNamespace(structure=structure)
     run.autocast, run.scaler = runtime.precision(dtype, dev)
-    run.network = build_network(structure, alias, num_classes, dev, start_weights).train()
+    run.network = build_network(structure, alias, num_classes, dev, fill).train()
     if compile:
         for block in blocks_of(run.network):
             block.compile()
@@ -211,19 +225,28 @@ def save(run, step, metrics, classes):
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
     saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
-    check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    check_resumed(saved, config, FIXED, state_file)
+    if saved['tokenizer'] != digest(run.structure.state_dict()):
+        raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '
+                        '--tokenizer, or start anew with --init_from=scratch')
     load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
-    run.scaler.load_state_dict(saved['scaler'])
+    if saved['scaler']:                                     # empty unless that run was in float16
+        run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 
 
 def main():
-    # device, data
     dev = runtime.start(device, seed)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
     if max(class_dropout, drop_path) > 1:
         raise UserError(f'class_dropout={class_dropout}, drop_path={drop_path}: must be at most 1')
+    with locked(f'{out_dir}/fvar.lock'):
+        run_training(dev)
+
+
+def run_training(dev):
+    # data
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, _ = load_tokenizers(tokenizer_file, dev)
@@ -233,13 +256,10 @@ def main():
     train, held_out = (TokenDataset(folder, split, made_by) for split in ('train', 'val'))
 
     # networks
-    start_weights = None
+    fill = None
     if init_from not in ('scratch', 'resume', 'auto'):
-        if not os.path.isfile(init_from):
-            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
-                            'student.pt or a published transformer')
-        start_weights = read_weights(init_from)
-    run = set_up(dev, structure, alias, len(train.classes), start_weights)
+        fill = partial(start_from, structure=structure, classes=train.classes)
+    run = set_up(dev, structure, alias, len(train.classes), fill)
     step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
     if resumes(init_from, state_file):
         step, metrics = resume(run, state_file)
@@ -267,7 +287,8 @@ def main():
             means = runtime.mean_terms(terms)
             log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm.item(),
                 skipped=run.safe_step.check(), lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
-            bar.set_postfix({name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means})
+            shown = {name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means}
+            bar.set_postfix({'step': step, **shown})
         if step % eval_every == 0 or step == steps:
             batches = held_out_batches(held_out, batch_per_pass)
             metrics = held_out_loss(run.network, structure, batches, dev, run.autocast)

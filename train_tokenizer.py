@@ -17,17 +17,19 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure
 from data import batches, evenly_spaced, normalize, open_dataset
+from published import fill_official_tokenizer
 from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime
 from util.checkpoint import (
-    Log, check_same, load_checkpoint, load_optimizer, load_weights, read_weights, resumes, save_checkpoint)
+    Log, check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
+    save_checkpoint)
 from util.metrics import psnr
 from util.pictures import picture_grid, save_png
 
 # input and output
 out_dir = 'out'                 # everything is written here
-init_from = 'scratch'           # scratch | resume | auto (resume if possible) | VAR's vae_ch160v4096z32.pth
+init_from = 'scratch'           # scratch | resume | auto (resume if possible) | a tokenizer.pt | vae_….pth
 # data
 data = 'charts'                 # charts, or a folder with train/<class>/*.jpg and val/<class>/*.jpg
 image_size = 256                # pixels; must be patch_nums[-1] · 2^(len(channel_mult) − 1)
@@ -90,9 +92,11 @@ dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # determines everything random
 config = configure(globals())
 
-# settings that may change when a run is resumed
-MAY_CHANGE = ('init_from', 'out_dir', 'steps', 'workers', 'grad_accum_steps', 'eval_every', 'eval_images',
-              'save_every', 'save_seconds', 'log_every', 'log_to', 'compile', 'grad_checkpoint', 'device')
+# what a resumed run cannot change: shapes of weights, and which images each step sees
+FIXED = (
+    'data', 'image_size', 'flip', 'batch_size', 'seed', 'patch_nums', 'vocab_size', 'codebook_dim',
+    'channels', 'channel_mult', 'res_blocks', 'phis', 'dual', 'alias_vocab_size', 'alias_codebook_dim',
+    'alias_channels', 'alias_res_blocks', 'gan_channels')
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -319,28 +323,56 @@ def optimizers(run):
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
     saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
-    check_same(saved['config'], config, [key for key in config if key not in MAY_CHANGE], state_file)
+    has_gan = bool(saved['config']['lambda_gan']), bool(lambda_gan)
+    check_resumed(saved, config, FIXED + ('lambda_gan',) * (has_gan[0] != has_gan[1]), state_file)
     load_weights(run.networks, saved['networks'], state_file)
     for optimizer, state in zip(optimizers(run), saved['optimizers']):
         load_optimizer(optimizer, state)
-    run.scaler.load_state_dict(saved['scaler'])
+    if saved['scaler']:                                     # empty unless that run was in float16
+        run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 
 
+def start_from(run):
+    """Fills the tokenizers with the weights of init_from; VAR's file has only the structure tokenizer."""
+    if not os.path.isfile(init_from):
+        raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
+                        'tokenizer.pt or a published tokenizer')
+    saved = read_weights(init_from)
+    if isinstance(saved, dict) and saved.get('kind') == 'tokenizer':
+        for name, tokenizer in run.tokenizers.items():
+            load_weights(tokenizer, saved[name], init_from)
+    else:
+        fill_official_tokenizer(run.structure, saved)
+
+
 def check_settings():
+    """Raises UserError for settings that would fail, some of them only in a later step."""
     runtime.require_positive(
         config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'codebook_dim',
         'channels', 'res_blocks', 'phis', 'alias_vocab_size', 'alias_codebook_dim', 'alias_channels',
         'alias_res_blocks', 'gan_channels')
     if len(patch_nums) < 2:
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
+    if lambda_gan:
+        try:
+            with torch.device('meta'):
+                PatchDiscriminator(gan_channels)(torch.empty(1, 3, image_size, image_size))
+        except (RuntimeError, ValueError):
+            raise UserError(f'image_size={image_size}, gan_channels={gan_channels}: the discriminator needs '
+                            'at least 24 pixels, and a multiple of 4 channels') from None
 
 
 def main():
-    # device, data
     dev = runtime.start(device, seed)
     check_settings()
+    with locked(f'{out_dir}/tokenizer.lock'):
+        run_training(dev)
+
+
+def run_training(dev):
+    # data
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     train = open_dataset(data, 'train', image_size, flip=flip)
     held_out = open_dataset(data, 'val', image_size)
@@ -354,19 +386,8 @@ def main():
     if resumes(init_from, state_file):
         step, metrics = resume(run, state_file)
     elif init_from not in ('scratch', 'auto'):
-        from published import fill_official_tokenizer
-        if not os.path.isfile(init_from):
-            raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto or a '
-                            'published tokenizer')
-        fill_official_tokenizer(run.structure, read_weights(init_from))
-    radii = run.structure.radii
-    runtime.say(f'structure tokenizer {runtime.millions(run.structure)}, alias tokenizer '
-                f'{runtime.millions(run.alias)}, {len(train)} images of {len(train.classes)} classes, '
-                f'radii {brief(radii, ".2g")}')
-    sharp = [k for k, r in enumerate(radii[:-1], start=1) if psf(r, run.structure.kernel).numel() == 1]
-    if sharp and max(radii):
-        runtime.say(f'note: half a pixel of blur is none, so token maps {sharp} have no alias for a teacher '
-                    'to see; raise max_radius to change that')
+        start_from(run)
+    describe(run, train)
 
     # the loop
     if steps == 0:
@@ -389,16 +410,12 @@ def main():
             means = runtime.mean_terms(terms)
             log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(),
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
-            bar.set_postfix(loss=f'{means["l1"] + means["l2"]:.4f}', vq=f'{means["vq"]:.3f}')
+            loss = means['l1'] + means['l2']
+            bar.set_postfix({'step': step, 'loss': f'{loss:.4f}', 'vq': f'{means["vq"]:.3f}'})
         if step > warm_start and step % eval_every == 0 or step == steps:
             metrics = validate(run.structure, run.alias, validation, batch_per_pass, dev)
             log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
-            runtime.say(f'step {step}: PSNR {metrics["psnr"]:.2f} dB, focus states '
-                        f'{brief(metrics["psnr_states"])}, perplexity {brief(metrics["perplexity"], ".0f")}, '
-                        f'alias missed {brief(metrics["alias_missed"], ".2f")}')
-            if bad := collapsed(metrics['perplexity']):
-                runtime.say(f'warning: token maps {bad} use almost no codes; raise batch_size, reseed_until '
-                            'or lambda_focus')
+            report(step, metrics)
             speed.start(step)
         if saving.due(step, steps):
             save(run, step, metrics, train.classes)
@@ -410,6 +427,28 @@ def main():
         save_pictures(run.structure, normalize(validation[:8].to(dev)), f'{out_dir}/tokenizer.png')
         runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png; '
                     f'waited for data {supply.share():.1%} of the time')
+
+
+def describe(run, dataset):
+    """Says what is trained on what."""
+    radii = run.structure.radii
+    runtime.say(f'structure tokenizer {runtime.millions(run.structure)}, alias tokenizer '
+                f'{runtime.millions(run.alias)}, {len(dataset)} images of {len(dataset.classes)} classes, '
+                f'radii {brief(radii, ".2g")}')
+    sharp = [k for k, r in enumerate(radii[:-1], start=1) if psf(r, run.structure.kernel).numel() == 1]
+    if sharp and max(radii):
+        runtime.say(f'note: half a pixel of blur is none, so token maps {sharp} have no alias for a teacher '
+                    'to see; raise max_radius to change that')
+
+
+def report(step, metrics):
+    """Says what validate() found."""
+    runtime.say(f'step {step}: PSNR {metrics["psnr"]:.2f} dB, focus states '
+                f'{brief(metrics["psnr_states"])}, perplexity {brief(metrics["perplexity"], ".0f")}, '
+                f'alias missed {brief(metrics["alias_missed"], ".2f")}')
+    if bad := collapsed(metrics['perplexity']):
+        runtime.say(f'warning: token maps {bad} use almost no codes; raise reseed_until or lambda_focus, or '
+                    'start anew with a larger batch_size')
 
 
 def brief(numbers, form='.1f'):

@@ -430,7 +430,21 @@ def test_a_tokenizer_is_no_transformer_and_the_other_way_round(exported):
     assert 'no published VAR transformer' in refused(vae, vae) and 'var_d16.pth' in refused(vae, vae)
     assert 'no published VAR tokenizer' in refused(var, var) and 'vae_ch160v4096z32.pth' in refused(var, vae)
     assert 'no published VAR tokenizer' in refused({}, {})
-    assert 'no published VAR transformer' in refused(vae, {'trainer': {'var_wo_ddp': var}})
+    assert 'no published VAR transformer' in refused(vae, {'trainer': {'vae_local': vae}})
+    assert 'no published VAR transformer' in refused(vae, {'trainer': [var]})
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+def test_what_vars_own_trainer_saves_is_loaded(exported, prefix):
+    def renamed(weights):
+        return {prefix + name: weight for name, weight in weights.items()}
+
+    vae, var = exported
+    parts = {'var_wo_ddp': renamed(var), 'vae_local': renamed(vae), 'var_opt': {'state': {}}}
+    saved = {'epoch': 3, 'iter': 0, 'trainer': parts, 'args': {'depth': 2}}             # ar-ckpt-last.pth
+    for files in ((saved, saved), (renamed(vae), renamed(var))):
+        for module, weights in zip(load_official(*files, (1, 2, 3, 5)), load_official(vae, var, (1, 2, 3, 5))):
+            same_weights(module.state_dict(), weights.state_dict())
 
 
 @pytest.mark.parametrize('patch_nums', [(1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 4, 5), PATCH_NUMS_512, ()])

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import torch.nn as nn
 from util import checkpoint as files, runtime
 from configurator import HERE, UserError
 from util.checkpoint import (
-    Log, atomic_write, check_same, digest, load_checkpoint, load_weights, read_log, read_weights,
+    Log, atomic_write, check_resumed, digest, load_checkpoint, locked, load_weights, read_log, read_weights,
     save_checkpoint, write_json)
 from util.runtime import MuonWithAdamW, SafeStep, adamw, learning_rate, precision, share_of_batch
 
@@ -584,6 +585,79 @@ def test_a_failure_while_writing_leaves_what_was_there_and_nothing_else(tmp_path
     assert all((tmp_path / name).read_text() == 'old' for name in existing)
 
 
+@pytest.fixture
+def quick_locks(monkeypatch):
+    monkeypatch.setattr(files, 'BEAT', 0.05)
+    monkeypatch.setattr(files, 'PATIENCE', 1.5)
+
+
+HOLDER = """
+import sys, time
+from util import checkpoint
+checkpoint.BEAT = 0.05
+with checkpoint.locked(sys.argv[1]):
+    print('locked', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock a.lock."""
+    command = [sys.executable, '-c', HOLDER, str(tmp_path / 'a.lock')]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'locked\n'
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder, quick_locks):
+    lock = tmp_path / 'a.lock'
+    before = lock.read_text()
+    with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on .*, since 20') as error:
+        with locked(lock):
+            pass
+    assert one_line(error) and lock.read_text() == before
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with locked(tmp_path / 'a.lock'):
+        assert json.loads((tmp_path / 'a.lock').read_text())['pid'] == os.getpid()
+    assert not list(tmp_path.iterdir()) and time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize('content', [
+    '{"host": "another", "pid": 1, "since": "yesterday"}', '', '{"ho',
+    json.dumps({'host': platform.node(), 'pid': os.getppid(), 'since': 'another process has its number'})])
+def test_a_lock_that_nobody_touches_is_taken_over_after_a_while(tmp_path, quick_locks, content):
+    (tmp_path / 'a.lock').write_text(content)
+    began = time.monotonic()
+    with locked(tmp_path / 'a.lock'):
+        assert time.monotonic() - began > 1.4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_goes_with_its_run_however_that_ends(tmp_path):
+    for error in (KeyboardInterrupt, UserError, SystemExit):
+        with pytest.raises(error), locked(tmp_path / 'new' / 'a.lock'):
+            assert list(tmp_path.rglob('*.lock'))
+            raise error
+    assert not list(tmp_path.rglob('*.lock'))
+
+
+def test_only_rank_0_takes_the_lock_and_all_hear_who_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    with locked(tmp_path / 'a.lock'):
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(files, 'from_rank_0', lambda value: 'a.lock is held')
+    with pytest.raises(UserError, match='a.lock is held'), locked(tmp_path / 'a.lock'):
+        pass
+
+
 def test_write_json_ends_with_a_newline_and_keeps_utf8(tmp_path):
     write_json(tmp_path / 'a.json', {'ρ': [1, 0.5], 'nothing': None})
     text = (tmp_path / 'a.json').read_text(encoding='utf-8')
@@ -747,12 +821,36 @@ def test_weights_that_fit_are_loaded():
     assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
 
 
-def test_a_resumed_run_must_have_the_settings_it_was_made_with():
-    old, now = {'depth': 4, 'lr': 0.1, 'sizes': (1, 2)}, {'depth': 4, 'lr': 0.2, 'sizes': (1, 2), 'new': 1}
-    check_same(old, now, ['depth', 'sizes', 'new'], 'a.pt')
-    with pytest.raises(UserError, match='a.pt was made with lr=0.1, but this run has 0.2') as error:
-        check_same(old, now, ['depth', 'lr'], 'a.pt')
-    assert one_line(error)
+OLD_RUN = {'depth': 4, 'lr': 0.1, 'steps': 100, 'warmup': 5, 'sizes': (1, 2), 'dtype': 'auto'}
+
+
+def test_a_resumed_run_says_what_it_changes(capsys):
+    old = {'config': OLD_RUN | {'out_dir': 'a', 'init_from': 'scratch'}, 'step': 50}
+    now = OLD_RUN | {'out_dir': 'b', 'init_from': 'resume', 'new': 1}
+    check_resumed(old, now, ['depth', 'sizes', 'new'], 'a.pt')
+    assert capsys.readouterr().out == ''
+    check_resumed(old, now | {'lr': 1e-5, 'dtype': 'float32'}, ['depth'], 'a.pt')
+    shown = "resumed with changed settings: lr 0.1 → 1e-05, dtype 'auto' → 'float32'\n"
+    assert capsys.readouterr().out == shown
+
+
+def test_a_resumed_run_must_keep_its_shapes():
+    with pytest.raises(UserError, match='a.pt was made with depth=4, which .* cannot change to 6') as error:
+        check_resumed({'config': OLD_RUN, 'step': 50}, OLD_RUN | {'depth': 6}, ['sizes', 'depth'], 'a.pt')
+    assert one_line(error) and '--init_from=scratch' in str(error.value)
+
+
+@pytest.mark.parametrize('step, changes, said', [
+    (100, {'steps': 200}, 'the learning rate goes up from 0.01 to 0.057, and then down again until step 200'),
+    (50, {'lr': 0.2}, 'goes up from 0.06 to 0.12,'),
+    (50, {'lr': 0.01}, ''),
+    (50, {'steps': 60}, ''),
+    (2, {'steps': 200}, ''),                                # during the warm-up it rises anyway
+])
+def test_a_learning_rate_that_goes_up_again_is_said(capsys, step, changes, said):
+    check_resumed({'config': OLD_RUN, 'step': step}, OLD_RUN | changes, [], 'a.pt')
+    shown = capsys.readouterr().out
+    assert said in shown and ('learning rate' in shown) == bool(said)
 
 
 def test_digest_follows_weights_and_names_and_nothing_else(tmp_path):
@@ -879,6 +977,32 @@ def test_only_rank_0_logs_and_speaks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('RANK', '0')
     runtime.say('hello')
     assert capsys.readouterr().out == 'hello\n'
+
+
+def test_without_a_terminal_a_bar_is_lines_for_a_log_file(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('tqdm.std.time', lambda: now[0])
+    with runtime.progress(100, 0, 'toy', images_per_step=4) as bar:
+        bar._time = lambda: now[0]
+        for step in range(1, 101):
+            now[0] += 1
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix({'step': step, 'loss': '0.5'})
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert shown.err == '' and '\r' not in shown.out and max(map(len, lines)) < 100
+    assert [line.split()[1] for line in lines] == ['30.0', '50.0', '60.0', '90.0', '100.0']
+    assert lines[1].endswith('200/400 images, 00:50 left, 4.00img/s, step=50, loss=0.5')
+
+
+def test_on_a_terminal_a_bar_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    with runtime.progress(2, 0, 'toy', images_per_step=4) as bar:
+        bar.update()
+        bar.set_postfix(step=1)
+    shown = capsys.readouterr()
+    assert shown.out == '' and '50%|' in shown.err and '4/8 [' in shown.err
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -233,7 +234,7 @@ def test_checkpointed_blocks_keep_less_for_the_backward_pass(stage1):
 def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_path):
     """FSDP2 on two ranks, interrupted in between; the deployed file is whole."""
     settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=8, grad_accum_steps=2)
-    run(train_fvar, **settings, out_dir=str(tmp_path / 'one'))
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'one'), save_every=4)
     shared = settings | dict(fsdp=True, grad_checkpoint=True, out_dir=str(tmp_path / 'two'))
     run_on_two_ranks(train_fvar, **shared | dict(save_every=4))
     for one, two in zip(log_of(tmp_path / 'one', 'fvar'), log_of(tmp_path / 'two', 'fvar')):
@@ -244,8 +245,19 @@ def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_pa
     whole, file = state_of(tmp_path / 'two' / 'fvar_state.pt'), tmp_path / 'two' / 'fvar_state.pt'
     file.with_name('fvar_state.pt.previous').replace(file)  # as if it had stopped after four steps
     assert state_of(file)['/step'] == 4
+    half = file.read_bytes()
     run_on_two_ranks(train_fvar, **shared | dict(init_from='resume'))
     assert not differing(state_of(file), whole)
+
+    file.write_bytes(half)                                  # by one rank with whole weights
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'two'), init_from='resume')
+    again = state_of(tmp_path / 'two' / 'student.pt', 'student')
+    assert all(torch.allclose(one[name], again[name], atol=1e-4) for name in one)
+    shutil.copy(tmp_path / 'one' / 'fvar_state.pt.previous', file)      # and the other way round
+    assert state_of(file)['/step'] == 4
+    run_on_two_ranks(train_fvar, **shared | dict(init_from='resume'))
+    again = state_of(tmp_path / 'two' / 'student.pt', 'student')
+    assert all(torch.allclose(one[name], again[name], atol=1e-4) for name in one)
 
 
 def test_weights_are_shared_out_over_several_ranks_only(train):
@@ -345,21 +357,66 @@ def test_a_run_is_saved_between_its_steps_when_the_seconds_are_over(train, tmp_p
     assert [state_of(file)['/step'] for file in (tmp_path / 'fvar_state.pt', tmp_path / 'fvar_state.pt.previous')] == [3, 2]
 
 
-@pytest.mark.parametrize('change', [{'lr': 1e-3}, {'batch_size': 4}, {'distill': False}, {'depth': 3}, {'seed': 1}], ids=str)
-def test_a_student_is_not_resumed_with_other_settings(train, stage2, tmp_path, change):
+@pytest.mark.parametrize('change', [
+    {'batch_size': 4}, {'distill': False}, {'depth': 3}, {'seed': 1}, {'optimizer': 'muon'}], ids=str)
+def test_a_student_is_not_resumed_with_other_shapes_or_other_batches(train, stage2, tmp_path, change):
     shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f'fvar_state.pt was made with {"".join(change)}=.*another --out_dir') as error:
+    with pytest.raises(UserError, match=f'fvar_state.pt was made with {"".join(change)}=.*scratch') as error:
         train(init_from='resume', **change)
-    assert '\n' not in str(error.value) and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert '\n' not in str(error.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize('change', [{'vocab_size': 64}, {'lambda_gan': 0.5}, {'patch_nums': (2, 6)}], ids=str)
-def test_tokenizers_are_not_resumed_with_other_settings(train_stage1, stage1, tmp_path, change):
+def test_tokenizers_are_not_resumed_with_other_shapes(train_stage1, stage1, tmp_path, change):
     shutil.copy(stage1 / 'tokenizer_state.pt', tmp_path)
     with pytest.raises(UserError, match=f'tokenizer_state.pt was made with {"".join(change)}=') as error:
         train_stage1(init_from='resume', **change)
     assert '\n' not in str(error.value) and [file.name for file in tmp_path.iterdir()] == ['tokenizer_state.pt']
+
+
+def test_a_student_is_not_resumed_on_the_tokens_of_another_tokenizer(train, stage2, tmp_path):
+    saved = torch.load(stage2 / 'fvar_state.pt', weights_only=True)
+    torch.save(saved | {'tokenizer': '0123456789abcdef'}, tmp_path / 'fvar_state.pt')
+    with pytest.raises(UserError, match='fvar_state.pt was trained on the tokens of another tokenizer'):
+        train(init_from='resume')
+
+
+# every change that a message advises, and those that change neither shapes nor batches
+TUNED = dict(lr=1e-5, dtype='bfloat16', grad_clip=0.5, betas=(0.8, 0.9), weight_decay=0.01, warmup=3)
+
+
+def test_a_student_is_resumed_with_whatever_else_and_it_is_said_and_done(train, stage2, tmp_path, capsys):
+    shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
+    changes = TUNED | dict(lambda_feat=0.1, lambda_logit=0.1, drop_path=0.0, class_dropout=0.5, distill_warmup=1)
+    train(init_from='resume', steps=14, **changes)
+    said = next(line for line in capsys.readouterr().out.splitlines() if 'changed settings' in line)
+    assert all(f'{name} ' in said and repr(value) in said for name, value in changes.items())
+    saved = torch.load(tmp_path / 'fvar_state.pt', weights_only=True)
+    assert saved['step'] == 14 and changes.items() <= saved['config'].items()
+    groups = saved['optimizer']['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0, 0.01}
+    assert {tuple(group['betas']) for group in groups} == {(0.8, 0.9)} and groups[0]['lr'] < 1e-5
+
+
+def test_tokenizers_are_resumed_with_whatever_else_and_it_is_said(train_stage1, stage1, tmp_path, capsys):
+    shutil.copy(stage1 / 'tokenizer_state.pt', tmp_path)
+    changes = TUNED | dict(reseed_until=0.9, lambda_focus=0.05, beta=0.5, max_radius=14.0)
+    train_stage1(init_from='resume', steps=14, **changes)
+    said = next(line for line in capsys.readouterr().out.splitlines() if 'changed settings' in line)
+    assert all(f'{name} ' in said and repr(value) in said for name, value in changes.items())
+    groups = torch.load(tmp_path / 'tokenizer_state.pt', weights_only=True)['optimizers'][0]['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0, 0.01}
+
+
+def test_a_run_that_gave_up_goes_on_as_its_message_advises(train, tmp_path):
+    """At a rate of 1e15 there is no step that is finite; what the message says is then done."""
+    with pytest.raises(FloatingPointError, match='--init_from=auto and a lower --lr'):
+        train(steps=60, lr=1e15, save_every=1, eval_every=100)
+    train(steps=60, lr=1e-4, save_every=100, eval_every=100, init_from='scratch')
+    train(steps=62, lr=1e-5, eval_every=100, init_from='auto')
+    assert all(math.isfinite(record['ce']) for record in log_of(tmp_path, 'fvar')[0])
 
 
 def test_a_finished_run_can_be_made_longer(train, stage2, tmp_path):
@@ -367,6 +424,39 @@ def test_a_finished_run_can_be_made_longer(train, stage2, tmp_path):
     train(init_from='resume', steps=14)
     assert [record['step'] for record in log_of(tmp_path, 'fvar')[0]] == list(range(14))
     assert torch.load(tmp_path / 'student.pt', weights_only=True)['step'] == 14
+
+
+def test_tokenizers_can_start_from_their_own_weights(train_stage1, stage1, tmp_path):
+    train_stage1(init_from=str(stage1 / 'tokenizer.pt'), lr=0.0, steps=1, warm_start=0, reseed_every=0)
+    ours, theirs = (state_of(out / 'tokenizer.pt', 'structure', 'alias') for out in (tmp_path, stage1))
+    assert all(name.endswith('usage') or 'scale' in name for name in differing(ours, theirs))
+    with pytest.raises(UserError, match='tokenizer.pt does not fit this model'):
+        train_stage1(init_from=str(stage1 / 'tokenizer.pt'), vocab_size=16)
+
+
+@pytest.mark.parametrize('classes', [
+    ['car', 'plane'], [1, 'emu'], ['ant', 'bee', 0], [3, 2, 1, 0, 'emu'], [0, 1, 2, 3]], ids=str)
+def test_class_embeddings_are_matched_by_name(train, stage1, stage2, tmp_path, monkeypatch, capsys, classes):
+    """classes: new names, or numbers of classes of stage 2."""
+    saved = torch.load(stage2 / 'student.pt', weights_only=True)
+    names = [saved['classes'][c] if isinstance(c, int) else str(c) for c in classes]
+    tokens = shutil.copytree(stage1 / 'tokens', tmp_path / 'tokens')
+    for split in ('train', 'val'):
+        meta = json.loads((tokens / f'{split}.json').read_text())
+        table = np.fromfile(tokens / f'{split}.bin', np.uint16).reshape(meta['rows'], -1)
+        table[:, -1] %= len(names)
+        table.tofile(tokens / f'{split}.bin')
+        (tokens / f'{split}.json').write_text(json.dumps(meta | {'classes': names}))
+    train(init_from=str(stage2 / 'student.pt'), tokens=str(tokens), lr=0.0, steps=1)
+    known = sum(isinstance(c, int) for c in classes)
+    assert (f'student.pt knows {known} of {len(names)} classes by name: they keep their embeddings, '
+            f'{len(names) - known} start anew') in capsys.readouterr().out
+    old = saved['student']['class_embed.weight']
+    new = torch.load(tmp_path / 'student.pt', weights_only=True)['student']['class_embed.weight']
+    assert torch.equal(new[-1], old[-1])
+    for i, c in enumerate(classes):
+        same = [j for j, row in enumerate(old) if torch.equal(row, new[i])]
+        assert same == ([c] if isinstance(c, int) else []), names[i]
 
 
 def test_a_student_can_start_from_anothers_weights(train, stage2, tmp_path):
@@ -446,6 +536,26 @@ def test_the_discriminator_learns_and_the_decoder_learns_from_it(train_stage1, t
     assert len(differing(first, later)) >= len(first) - 1
     later, weaker = (state_of(tmp_path / name / 'tokenizer.pt', 'structure') for name in ('later', 'weaker'))
     assert '/structure/decoder.conv_out.weight' in differing(later, weaker)
+
+
+@pytest.mark.parametrize('settings, fits', [
+    (dict(image_size=16, patch_nums=(1, 2, 4), gan_start=1000), False), (dict(gan_channels=10), False),
+    (dict(gan_channels=1), False), (dict(gan_channels=4), True)], ids=str)
+def test_a_discriminator_that_cannot_be_is_one_line_at_the_start(train_stage1, tmp_path, settings, fits):
+    if fits:
+        return train_stage1(**GAN | settings | dict(steps=3))
+    with pytest.raises(UserError, match='image_size=.*, gan_channels=.*: the discriminator needs') as error:
+        train_stage1(**GAN | settings)
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_second_run_in_one_folder_is_told_so(train, train_stage1, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'shows_life', lambda *_: True)
+    monkeypatch.setattr(checkpoint, 'is_gone', lambda *_: False)
+    for name, start in (('fvar', train), ('tokenizer', train_stage1)):
+        (tmp_path / f'{name}.lock').touch()
+        with pytest.raises(UserError, match=f'{name}.lock is held by'):
+            start()
 
 
 def test_lpips_without_its_weights_is_one_line_naming_files_and_folder(train_stage1, tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
+import threading
+import time
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from util.runtime import is_sharded, rank
+from util.runtime import from_rank_0, is_sharded, learning_rate, rank, say
 
 
 @contextmanager
@@ -46,6 +49,88 @@ def read_json(path):
     """The content of a JSON file, or None if it is missing or damaged."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads(Path(path).read_text(encoding='utf-8'))
+
+
+# -----------------------------------------------------------------------------
+# locks
+
+BEAT, PATIENCE = 3, 60          # seconds between a holder's signs of life, and until silence means death
+
+
+@contextmanager
+def locked(path):
+    """Keeps other runs out of the same files: while active, rank 0 holds a lock file. UserError if
+    another one does.
+
+    A lock is taken over if its process is gone or, where that cannot be seen, if nobody touches it for a
+    minute. The operating system's own locks are not used: network file systems often lack them.
+    """
+    path, ended = Path(path), threading.Event()
+
+    def keep_alive():
+        while not ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(path)
+
+    problem = from_rank_0(take_lock(path) if rank() == 0 else None)
+    if problem:
+        raise UserError(problem)
+    if rank() == 0:
+        threading.Thread(target=keep_alive, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if rank() == 0:
+            path.unlink(missing_ok=True)
+
+
+def take_lock(path):
+    """Creates a lock file, or returns a line that says who holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            with open(path, 'x') as file:                   # fails if it exists, also on NFS
+                since = time.strftime('%Y-%m-%d %H:%M:%S')
+                json.dump({'host': platform.node(), 'pid': os.getpid(), 'since': since}, file)
+            return None
+        except FileExistsError:
+            holder = {'host': '?', 'pid': 0, 'since': '?'} | (read_json(path) or {})
+            name = 'process {pid} on {host}, since {since}'.format(**holder)
+            if not is_gone(holder) and shows_life(path, name):
+                return f'{path} is held by {name}: wait until it ends, or stop it'
+            path.unlink(missing_ok=True)
+
+
+def is_gone(holder):
+    """Whether a lock's holder was a process of this machine that has ended. False if unknown."""
+    if holder['host'] != platform.node() or os.name != 'posix':
+        return False
+    if holder['pid'] == os.getpid():                        # left in a container, where numbers repeat
+        return True
+    try:
+        os.kill(holder['pid'], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def shows_life(path, name):
+    """Waits for a lock file to be touched, at most PATIENCE seconds."""
+    def touched():
+        with open(path) as file:                            # opening it renews what NFS knows of it
+            return os.fstat(file.fileno()).st_mtime_ns
+
+    say(f'{path} is from {name}: waiting up to {PATIENCE} s for a sign of life')
+    with suppress(FileNotFoundError):
+        before, began = touched(), time.monotonic()
+        while time.monotonic() - began < PATIENCE:
+            time.sleep(BEAT / 10)
+            if touched() != before:
+                return True
+    return False
 
 
 # -----------------------------------------------------------------------------
@@ -135,12 +220,24 @@ def load_weights(module, state_dict, name):
         raise UserError(f'{name} does not fit this model: {reason}; is it of another config?') from None
 
 
-def check_same(saved, now, keys, path):
-    """Raises UserError if a resumed run has other settings than its checkpoint."""
-    for key in keys:
-        if key in saved and saved[key] != now[key]:
-            raise UserError(f'{path} was made with {key}={saved[key]!r}, but this run has {now[key]!r}: '
-                            f'use the same config, or another --out_dir')
+def check_resumed(saved, config, fixed, path):
+    """Says what a resumed run changes. UserError if it is one of the `fixed` settings.
+
+    saved: the checkpoint. config: this run's settings.
+    """
+    old, step = saved['config'], saved['step']
+    changed = {name: f'{name} {old[name]!r} → {config[name]!r}' for name in config
+               if name in old and old[name] != config[name] and name not in ('init_from', 'out_dir')}
+    for name in changed.keys() & set(fixed):
+        raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
+                        f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
+    if changed:
+        say('resumed with changed settings: ' + ', '.join(changed.values()))
+    before, after = (learning_rate(*at, of['steps'], of['lr'], of['warmup'])
+                     for at, of in (((step - 1,), old), ((step,), config)))
+    if after > 1.01 * before and step > config['warmup']:
+        say(f'the learning rate goes up from {before:.2g} to {after:.2g}, and then down again until step '
+            f'{config["steps"]}')
 
 
 def digest(state_dict):
@@ -162,20 +259,36 @@ def training_state(module, optimizer):
 
 
 def load_training_state(module, optimizer, weights, optimizer_state, name):
-    """Restores the result of training_state()."""
+    """Restores the result of training_state(). Either module may be sharded, or both."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group['params']]
+    if 'state' in optimizer_state:                          # not Muon's, which is never sharded
+        keys = order if is_sharded(module) else range(len(order))
+        key_of = dict(zip([*order, *range(len(order))], [*keys, *keys]))    # by name if sharded, or by number
+        state = {key_of[key]: value for key, value in optimizer_state['state'].items()}
+        optimizer_state = {'state': state}
     if not is_sharded(module):
         load_weights(module, weights, name)
         load_optimizer(optimizer, optimizer_state)
         return
     from torch.distributed.checkpoint import state_dict as sharded
-    options = sharded.StateDictOptions(full_state_dict=True)
-    sharded.set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state,
-                           options=options)
+    groups = [group | {'params': [names[p] for p in group['params']]} for group in optimizer.param_groups]
+    sharded.set_state_dict(module, optimizer, model_state_dict=weights,
+                           optim_state_dict=optimizer_state | {'param_groups': groups},
+                           options=sharded.StateDictOptions(full_state_dict=True))
 
 
-def load_optimizer(optimizer, state_dict):
-    """load_state_dict() that copies, where on a CPU the optimizer would keep the tensors of state_dict."""
-    optimizer.load_state_dict(state_dict)
+def load_optimizer(optimizer, saved):
+    """Restores an optimizer's averages. Learning rate, betas and weight decay stay those of this run.
+
+    Tensors are copied: on a CPU, load_state_dict() would keep those of `saved`.
+    """
+    def restored(now, saved):
+        if 'state' in now:
+            return now | {'state': saved['state']}
+        return {part: restored(now[part], saved[part]) for part in now}     # MuonWithAdamW
+
+    optimizer.load_state_dict(restored(optimizer.state_dict(), saved))
     for state in optimizer.state.values():
         state.update({name: value.clone() for name, value in state.items()})
 

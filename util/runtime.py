@@ -71,6 +71,14 @@ def barrier():
         dist.barrier(group=cpu_group)
 
 
+def from_rank_0(value):
+    """What rank 0 passes, on every rank. A plain value, which may take long to come."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=cpu_group)
+    return values[0]
+
+
 def share_of_batch(batch_size, grad_accum_steps=1):
     """Samples per rank and forward pass. Raises UserError if the global batch does not divide evenly."""
     passes = world_size() * grad_accum_steps
@@ -392,8 +400,8 @@ class SafeStep:
             bad = [name for name, bad in self.culprits.items() if all_reduce(bad.int()).item()]
             raise FloatingPointError(
                 f'{in_a_row} steps in a row had a non-finite loss or gradient, first in '
-                f'{", ".join(bad) or "a gradient"}; the checkpoint is intact: '
-                f'lower --lr, or use --dtype=float32')
+                f'{", ".join(bad) or "a gradient"}; the last checkpoint is intact: continue from it with '
+                f'--init_from=auto and a lower --lr or --grad_clip, or with --dtype=float32')
         return self.skipped.item()
 
 
@@ -464,10 +472,29 @@ def millions(module):
     return f'{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M'
 
 
+class LogLines:
+    """What a progress bar writes to where stderr is no terminal: a line each time, through say()."""
+
+    def write(self, text):
+        if text.strip():
+            say(text.strip())
+
+    def flush(self):
+        pass
+
+
 def progress(total, initial=0, label='', images_per_step=1):
-    """A progress bar over steps that shows images and images per second. Only rank 0 draws it."""
+    """A progress bar over steps that shows images and images per second. Only rank 0 draws it.
+
+    Without a terminal it becomes a line every 30 seconds and at each set_postfix(), for a log file.
+    """
+    options = {'dynamic_ncols': True}
+    if not sys.stderr.isatty():
+        line = '{desc} {percentage:.1f} %, {n_fmt}/{total_fmt} images, {remaining} left, {rate_fmt}{postfix}'
+        options = {'file': LogLines(), 'bar_format': line, 'leave': False}
+        options |= {'mininterval': 30, 'maxinterval': 30}
     return tqdm(total=total, initial=initial, desc=label, unit='img', unit_scale=images_per_step,
-                disable=rank() != 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+                disable=rank() != 0, delay=1, **options)
 
 
 class Waiting:
