@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -84,9 +85,9 @@ def pictures_below(folder):
 def report_left_out(folder, files):
     """Says in one line how many files of a folder are not used."""
     if files:
-        kinds = sorted({os.path.splitext(file)[1] or 'no extension' for file in files})
+        kinds = Counter(os.path.splitext(file)[1].lower() for file in files)
         runtime.say(f'warning: {folder!a}: left out {len(files)} files that are no pictures or in no class '
-                    f'folder ({", ".join(kinds[:9])!a})')
+                    f'folder, mostly {dict(kinds.most_common(3))!a}')
 
 
 def check_ranks_agree(what, texts):

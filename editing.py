@@ -25,8 +25,12 @@ def painted_tokens(mask, patch_nums):
     it holds the tone of the whole picture, and old and new parts must agree on that. In the last map every
     cell that the mask touches is painted, so a thin mask changes details only.
     """
-    inside = [area(mask[None, None], p).flatten(1) for p in patch_nums]
-    painted = [cells >= 0.5 for cells in inside]
+    inside = [
+        area(mask[None, None], p).flatten(1)
+        for p in patch_nums]
+    painted = [
+        cells >= 0.5
+        for cells in inside]
     painted[0] = torch.zeros_like(painted[0])
     painted[-1] = inside[-1] > 0
     return painted
@@ -43,7 +47,8 @@ def feather(mask, margin=2):
     for _ in range(margin + 1):
         weight += (1 - outside[0, 0]) / (margin + 1)
         outside = F.max_pool2d(outside, 3, stride=1, padding=1)
-    middle = F.max_pool2d(weight[None], 2 * margin + 1, stride=1, padding=margin)[0]
+    side = 2 * margin + 1
+    middle = F.max_pool2d(weight[None], side, stride=1, padding=margin)[0]
     return weight / middle.clamp(min=0.1)
 
 

@@ -271,7 +271,7 @@ def test_files_that_are_left_out_are_counted_in_one_line(folder, capsys):
     assert len(ImageFolder(folder, 'train', 16)) == 8
     shown = capsys.readouterr().out
     assert shown.startswith('warning: ') and shown.count('\n') == 1 and 'left out 4 files' in shown
-    assert "('.heic, .jpg, .txt, no extension')" in shown
+    assert "mostly {'.jpg': 1, '.txt': 1, '.heic': 1}" in shown
     ImageFolder(folder, 'val', 16)
     assert capsys.readouterr().out == ''
 
@@ -305,38 +305,48 @@ def test_pictures_that_are_all_alike_but_for_one_are_warned_of(folder, capsys):
 
 RANKS = """
 import sys
+from configurator import UserError
 from data import TokenDataset, open_dataset, open_table
 from util import runtime
 
 def main():
+    rank, (data, other, tokens, other_tokens, table) = runtime.rank(), sys.argv[1:]
     runtime.start('cpu')
-    open_dataset(sys.argv[1], 'train', 16) if 'data' in sys.argv[1] else TokenDataset(sys.argv[1], 'train')
+    open_dataset(data, 'train', 16)
+    TokenDataset(tokens, 'train')
+    for function, arguments in ((TokenDataset, ((tokens, other_tokens)[rank], 'train')),
+                                (open_table, (table, {'rank': rank}, 5, 3, 'uint16', 9))):
+        try:
+            function(*arguments)
+        except UserError as error:
+            print(error)
+    open_dataset((data, other)[rank], 'train', 16)
 runtime.run(main)
 """
 
 
-def on_two_ranks(*arguments):
-    """[(exit status, stderr)] of RANKS, started with one argument on each of two ranks."""
+def test_ranks_that_see_other_files_all_end_with_one_line(folder, tokens):
+    paths = [folder / 'data', folder / 'other', tokens[0] / 'tokens', tokens[0] / 'again', folder / 'table']
+    for path in paths[:2]:
+        shutil.copytree(folder / 'train', path / 'train')
+    for path in paths[2:4]:
+        path.mkdir()
+        shutil.copy(tokens[0] / 'train.bin', path)
+        write_meta(path, seed=path.name)
+    (paths[1] / 'train' / 'dog' / 'a.jpg').rename(paths[1] / 'train' / 'dog' / 'c.jpg')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
     common = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-    ranks = [subprocess.Popen([sys.executable, '-c', RANKS, argument], cwd=HERE, stderr=subprocess.PIPE,
-                              env=common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}, text=True)
-             for rank, argument in enumerate(arguments)]
-    return [(rank.communicate(timeout=100)[1], rank.returncode) for rank in ranks]
-
-
-def test_ranks_that_see_other_files_all_end_with_one_line(folder, tokens):
-    data, other = shutil.copytree(folder, folder / 'data'), shutil.copytree(folder, folder / 'data2')
-    assert [status for _, status in on_two_ranks(data, other)] == [0, 0]
-    (other / 'train' / 'dog' / 'a.jpg').rename(other / 'train' / 'dog' / 'c.jpg')
-    found, again = tokens[0], shutil.copytree(tokens[0], tokens[0] / 'again')
-    write_meta(again, seed=1)
-    for arguments in ((data, other), (found, again)):
-        for shown, status in on_two_ranks(*arguments):
-            assert status == 2 and shown.startswith('error: ') and shown.count('\n') == 1
-            assert 'not the same on every rank' in shown
+    ranks = [subprocess.Popen([sys.executable, '-c', RANKS, *map(str, paths)], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(2)]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=100)
+        assert rank.returncode == 2 and err.startswith('error: ') and err.count('\n') == 1
+        assert 'train\': not the same on every rank' in err
+        assert out.count('not the same on every rank') == out.count('\n') == 2
+    assert not paths[4].exists()
 
 
 def test_centre_crop_is_what_resizing_and_cropping_gives(folder):
