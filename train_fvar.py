@@ -212,9 +212,9 @@ def save(run, step, metrics, classes):
     if runtime.rank() == 0:
         of_student = {name.removeprefix('student.'): weight for name, weight in weights.items()
                       if name.startswith('student.')}
-        common = {'config': config, 'step': step, 'metrics': metrics,
+        common = {'config': config, 'step': step, 'metrics': metrics, 'classes': classes,
                   'tokenizer': digest(run.structure.state_dict())}
-        student = {'kind': 'student', 'classes': classes, 'student': of_student}
+        student = {'kind': 'student', 'student': of_student}
         training = {'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
                     'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict()}
         save_checkpoint(f'{out_dir}/student.pt', common | student)
@@ -222,13 +222,16 @@ def save(run, step, metrics, classes):
     runtime.barrier()
 
 
-def resume(run, state_file):
-    """Restores a stopped run; returns (step, metrics) of its checkpoint."""
+def resume(run, state_file, classes):
+    """Restores a stopped run; returns (step, metrics) of its checkpoint. classes: names of the data's."""
     saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
     if saved['tokenizer'] != digest(run.structure.state_dict()):
         raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '
                         '--tokenizer, or start anew with --init_from=scratch')
+    if saved.get('classes', classes) != classes:
+        raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
+                        f'--init_from={out_dir}/student.pt, which keeps those of the same name')
     load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
     if saved['scaler']:                                     # empty unless that run was in float16
         run.scaler.load_state_dict(saved['scaler'])
@@ -262,7 +265,7 @@ def run_training(dev):
     run = set_up(dev, structure, alias, len(train.classes), fill)
     step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
     if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file)
+        step, metrics = resume(run, state_file, train.classes)
     student, teacher = run.network.student, run.network.teacher
     runtime.say(f'student {runtime.millions(student)}'
                 + (f', teacher {runtime.millions(teacher)}' if distill else '')

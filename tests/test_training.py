@@ -383,6 +383,16 @@ def test_a_student_is_not_resumed_on_the_tokens_of_another_tokenizer(train, stag
         train(init_from='resume')
 
 
+def test_a_student_is_not_resumed_with_its_classes_in_another_order(train, stage2, tmp_path, capsys):
+    shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(stage2 / 'fvar_state.pt', weights_only=True)
+    torch.save(saved | {'classes': saved['classes'][::-1]}, tmp_path / 'fvar_state.pt')
+    with pytest.raises(UserError, match='or the same in another order; start anew with --init_from=') as error:
+        train(init_from='resume')
+    train(steps=1, init_from=str(error.value).split('--init_from=')[1].split(',')[0])       # as it says
+    assert 'student.pt knows 4 of 4 classes by name' in capsys.readouterr().out
+
+
 # every change that a message advises, and those that change neither shapes nor batches
 TUNED = dict(lr=1e-5, dtype='bfloat16', grad_clip=0.5, betas=(0.8, 0.9), weight_decay=0.01, warmup=3)
 
