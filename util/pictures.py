@@ -129,7 +129,7 @@ def font_for(text):
         return ImageFont.load_default(14)
     for font in fonts():
         missing = font.getmask('\uffff')                    # what a font draws for letters it lacks
-        if all(list(font.getmask(letter)) != list(missing) for letter in text.replace('\n', '')):
+        if all(list(font.getmask(letter)) != list(missing) for letter in text):
             return font
 
 
@@ -148,11 +148,10 @@ def to_picture(image):
 def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     """Images (N, 3, S, S) row by row in one PIL picture, each `side` pixels wide (default: S, at least 64).
 
-    They are resized without smoothing. row_names stand to the left of the rows, column_names (one or two
-    lines each) above the columns; both are made legible().
+    They are resized without smoothing. row_names, made legible(), stand to the left of the rows, column_names
+    (ASCII, one or two lines each) above the columns.
     """
     row_names = [legible(' '.join(name.split())) for name in row_names]
-    column_names = list(map(legible, column_names))
     S = images.shape[-1]
     side = side or math.ceil(64 / S) * S
     pitch = side + 2
@@ -170,7 +169,7 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     for name, (_, y) in zip(row_names, corners[::columns]):
         draw.text((6, y + side // 2 - 9), name, 'black', font_for(name))
     for name, (x, _) in zip(column_names, corners):
-        draw.text((x + 4, 2), name, 'black', font_for(name))
+        draw.text((x + 4, 2), name, 'black', ImageFont.load_default(14))
     return canvas
 
 
