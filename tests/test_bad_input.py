@@ -548,7 +548,7 @@ BAD = {
         None,
         '/proc/fvar: No such file or directory',
     ),
-    'file as output folder': ('train_fvar', '--out_dir=/dev/null', None, 'no such checkpoint'),
+    'file as output folder': ('train_fvar', '--out_dir=/dev/null', None, 'error: /dev/null'),
     'name too long': ('train_tokenizer', f'--out_dir={"x" * 300}', None, 'File name too long'),
     'link in a circle as output': (
         'train_tokenizer',
