@@ -143,7 +143,7 @@ def start_from(student, structure, classes):
 
 def set_up(dev, structure, alias, num_classes, fill=None):
     """The networks on a device and what trains them, as a namespace."""
-    run = SimpleNamespace(structure=structure)
+    run = SimpleNamespace(structure=structure, alias=alias, dev=dev)
     run.autocast, run.scaler = runtime.precision(dtype, dev)
     run.network = build_network(structure, alias, num_classes, dev, fill).train()
     if compile:
@@ -240,16 +240,11 @@ def resume(run, state_file, classes):
 
 
 def main():
+    # device, data
     dev = runtime.start(device, seed)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
     if max(class_dropout, drop_path) > 1:
         raise UserError(f'class_dropout={class_dropout}, drop_path={drop_path}: must be at most 1')
-    with locked(f'{out_dir}/fvar.lock'):
-        run_training(dev)
-
-
-def run_training(dev):
-    # data
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, _ = load_tokenizers(tokenizer_file, dev)
@@ -270,17 +265,21 @@ def run_training(dev):
     runtime.say(f'student {runtime.millions(student)}'
                 + (f', teacher {runtime.millions(teacher)}' if distill else '')
                 + f', {len(train)} images of {sum(student.lengths)} tokens, {len(train.classes)} classes')
+    with locked(f'{out_dir}/fvar.lock'):
+        training_loop(run, step, metrics, train, held_out, batch_per_pass)
 
-    # the loop
+
+def training_loop(run, step, metrics, train, held_out, batch_per_pass):
+    """Trains from a step on, with logs, validations and checkpoints; metrics: of the last validation."""
     trained = runtime.parallel(run.network)
     log = Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', images_per_step=batch_size)
     supply, saving = training_batches(train, step), runtime.Saving(save_every, save_seconds)
-    flops = flops_per_image(structure, alias, len(train.classes))
-    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(dev, run.autocast))
+    flops = flops_per_image(run.structure, run.alias, len(train.classes))
+    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(run.dev, run.autocast))
     speed.start(step)
     while step < steps:
-        batch = [runtime.to_device(tensor, dev) for tensor in next(supply)]
+        batch = [runtime.to_device(tensor, run.dev) for tensor in next(supply)]
         terms, norm = train_step(run, trained, step, batch)
         step += 1
         bar.update()
@@ -294,7 +293,7 @@ def run_training(dev):
             bar.set_postfix({'step': step, **shown})
         if step % eval_every == 0 or step == steps:
             batches = held_out_batches(held_out, batch_per_pass)
-            metrics = held_out_loss(run.network, structure, batches, dev, run.autocast)
+            metrics = held_out_loss(run.network, run.structure, batches, run.dev, run.autocast)
             run.network.train()
             log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
             runtime.say(f'step {step}: held-out cross-entropy {metrics["ce"]:.3f} '

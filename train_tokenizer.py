@@ -142,7 +142,7 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
 
 def set_up(dev):
     """The networks on a device and what trains them, as a namespace."""
-    run = SimpleNamespace()
+    run = SimpleNamespace(dev=dev)
     run.autocast, run.scaler = runtime.precision(dtype, dev)
     run.structure, run.alias = build_tokenizers(config)
     run.structure.grad_checkpoint = run.alias.grad_checkpoint = grad_checkpoint
@@ -365,14 +365,9 @@ def check_settings():
 
 
 def main():
+    # device, data
     dev = runtime.start(device, seed)
     check_settings()
-    with locked(f'{out_dir}/tokenizer.lock'):
-        run_training(dev)
-
-
-def run_training(dev):
-    # data
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     train = open_dataset(data, 'train', image_size, flip=flip)
     held_out = open_dataset(data, 'val', image_size)
@@ -388,8 +383,12 @@ def run_training(dev):
     elif init_from not in ('scratch', 'auto'):
         start_from(run)
     describe(run, train)
+    with locked(f'{out_dir}/tokenizer.lock'):
+        training_loop(run, step, metrics, train, validation, batch_per_pass)
 
-    # the loop
+
+def training_loop(run, step, metrics, train, validation, batch_per_pass):
+    """Trains from a step on, with logs, validations and checkpoints; metrics: of the last validation."""
     if steps == 0:
         save(run, step, metrics, train.classes)
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
@@ -398,10 +397,10 @@ def run_training(dev):
     supply = runtime.Waiting(order)
     saving = runtime.Saving(save_every, save_seconds)
     flops = flops_per_image() if step < steps else 0
-    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(dev, run.autocast))
+    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(run.dev, run.autocast))
     speed.start(step)
     while step < steps:
-        images = normalize(runtime.to_device(next(supply)[0], dev))
+        images = normalize(runtime.to_device(next(supply)[0], run.dev))
         terms, norm = train_step(run, step, images.contiguous(memory_format=torch.channels_last))
         step += 1
         bar.update()
@@ -413,7 +412,7 @@ def run_training(dev):
             loss = means['l1'] + means['l2']
             bar.set_postfix({'step': step, 'loss': f'{loss:.4f}', 'vq': f'{means["vq"]:.3f}'})
         if step > warm_start and step % eval_every == 0 or step == steps:
-            metrics = validate(run.structure, run.alias, validation, batch_per_pass, dev)
+            metrics = validate(run.structure, run.alias, validation, batch_per_pass, run.dev)
             log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
             report(step, metrics)
             speed.start(step)
@@ -424,7 +423,7 @@ def run_training(dev):
     saving.end()
     bar.close()
     if runtime.rank() == 0:
-        save_pictures(run.structure, normalize(validation[:8].to(dev)), f'{out_dir}/tokenizer.png')
+        save_pictures(run.structure, normalize(validation[:8].to(run.dev)), f'{out_dir}/tokenizer.png')
         runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png; '
                     f'waited for data {supply.share():.1%} of the time')
 

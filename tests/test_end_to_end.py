@@ -440,7 +440,7 @@ BAD = {
     'truncated tokens': ('train_fvar', '', truncated('tokens/train.bin'), 'damaged or from different runs'),
     'no token file': ('train_fvar', '', missing('tokens/val.bin'), 'no usable token files val.bin and val.json'),
     'resumed at another size': ('train_tokenizer', '--init_from=resume --image_size=16 --patch_nums=1,2,4', None,
-                                'tokenizer_state.pt was made with image_size=32, but this run has 16'),
+                                'tokenizer_state.pt was made with image_size=32, which a resumed run cannot change'),
     'image size that does not fit': ('train_tokenizer', '--image_size=48', None, 'image_size=48 does not fit patch_nums ending in 8'),
     'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
     'batch that does not divide': ('train_fvar', '--batch_size=7 --grad_accum_steps=2', None, 'batch_size=7 must be a multiple of'),

@@ -477,7 +477,7 @@ class LogLines:
 
     def write(self, text):
         if text.strip():
-            say(text.strip())
+            say(' '.join(text.split()))
 
     def flush(self):
         pass
