@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure
 from data import batches, evenly_spaced, normalize, open_dataset
-from published import fill_official_tokenizer
 from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime
@@ -344,6 +343,7 @@ def start_from(run):
         for name, tokenizer in run.tokenizers.items():
             load_weights(tokenizer, saved[name], init_from)
     else:
+        from published import fill_official_tokenizer       # here: it imports the transformer
         fill_official_tokenizer(run.structure, saved)
 
 
