@@ -222,14 +222,14 @@ def save(run, step, metrics, classes):
     runtime.barrier()
 
 
-def resume(run, state_file, classes):
-    """Restores a stopped run; returns (step, metrics) of its checkpoint. classes: names of the data's."""
+def resume(run, state_file, dataset):
+    """Restores a stopped run; returns (step, metrics) of its checkpoint. dataset: what it goes on with."""
     saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
-    if saved['tokenizer'] != digest(run.structure.state_dict()):
+    if saved['tokenizer'] != dataset.meta['tokenizer']:
         raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '
                         '--tokenizer, or start anew with --init_from=scratch')
-    if saved.get('classes', classes) != classes:
+    if saved.get('classes', dataset.classes) != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
     load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
@@ -260,7 +260,7 @@ def main():
     run = set_up(dev, structure, alias, len(train.classes), fill)
     step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
     if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file, train.classes)
+        step, metrics = resume(run, state_file, train)
     student, teacher = run.network.student, run.network.teacher
     runtime.say(f'student {runtime.millions(student)}'
                 + (f', teacher {runtime.millions(teacher)}' if distill else '')
