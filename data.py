@@ -421,5 +421,5 @@ class TokenDataset:
         for name, part, limit in zip(('structure tokens', 'alias tokens', 'labels'), parts, self.limits):
             if part.numel() and part.max() >= limit:
                 raise UserError(f'{str(self.path)!a} is damaged: {name} up to {part.max()}, but only {limit} '
-                                f'exist; run encode.py again')
+                                f'exist; delete it and run encode.py again')
         return structure, alias, labels.squeeze(1)

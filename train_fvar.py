@@ -252,6 +252,8 @@ def main():
     folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
     made_by = digest(structure.state_dict())
     train, held_out = (TokenDataset(folder, split, made_by) for split in ('train', 'val'))
+    if train.classes != held_out.classes:
+        raise UserError(f'{folder}: train and val have different classes; run encode.py again')
 
     # networks
     fill = None

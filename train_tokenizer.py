@@ -339,6 +339,9 @@ def start_from(run):
         raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
                         'tokenizer.pt or a published tokenizer')
     saved = read_weights(init_from)
+    if warm_start:
+        runtime.say(f'note: the first {warm_start} steps train without codes; use --warm_start=0 to keep '
+                    f'those of {init_from}')
     if isinstance(saved, dict) and saved.get('kind') == 'tokenizer':
         for name, tokenizer in run.tokenizers.items():
             load_weights(tokenizer, saved[name], init_from)
@@ -355,13 +358,15 @@ def check_settings():
         'alias_res_blocks', 'gan_channels')
     if len(patch_nums) < 2:
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
+    if lambda_lpips and image_size < 16:
+        raise UserError(f'image_size={image_size}: LPIPS needs at least 16 pixels; use --lambda_lpips=0')
     if lambda_gan:
         try:
             with torch.device('meta'):
                 PatchDiscriminator(gan_channels)(torch.empty(1, 3, image_size, image_size))
         except (RuntimeError, ValueError):
             raise UserError(f'image_size={image_size}, gan_channels={gan_channels}: the discriminator needs '
-                            'at least 24 pixels, and a multiple of 4 channels') from None
+                            '24 pixels or more and a multiple of 4 channels; or use --lambda_gan=0') from None
 
 
 def main():

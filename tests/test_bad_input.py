@@ -616,8 +616,8 @@ TRAINING_FIXES = 'out of memory: raise --grad_accum_steps or set --grad_checkpoi
             RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'),
             TRAINING_FIXES,
         ),
-        ('sample', torch.OutOfMemoryError('tried'), 'out of memory: lower --batch_size'),
-        ('encode', MemoryError(), 'out of memory: lower --batch_size'),
+        ('sample', torch.OutOfMemoryError('tried'), 'out of memory: set a smaller --batch_size'),
+        ('encode', MemoryError(), 'out of memory: set a smaller --batch_size'),
     ],
     ids=str,
 )

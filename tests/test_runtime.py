@@ -1022,15 +1022,15 @@ def fails(error):
         (
             torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'),
             1,
-            'out of memory: lower --batch_size',
+            'out of memory: set a smaller --batch_size',
         ),
-        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
+        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: set a smaller --batch_size'),
         (
             RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9'),
             1,
-            'out of memory: lower --batch_size',
+            'out of memory: set a smaller --batch_size',
         ),
-        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
+        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: set a smaller --batch_size'),
         (
             RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
             1,
@@ -1061,7 +1061,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
 
 def test_out_of_memory_names_the_settings_to_change(capsys):
     for settings, message in (
-            ({'batch_size': 8, 'num_samples': 0}, 'lower --batch_size\n'),
+            ({'batch_size': 8, 'num_samples': 0}, 'set a smaller --batch_size\n'),
             ({'grad_accum_steps': 1, 'grad_checkpoint': False, 'batch_size': 8},
              'raise --grad_accum_steps or set --grad_checkpoint=True\n')):
         scope = settings | {'torch': torch}

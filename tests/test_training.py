@@ -376,6 +376,14 @@ def test_tokenizers_are_not_resumed_with_other_shapes(train_stage1, stage1, tmp_
     assert '\n' not in str(error.value) and [file.name for file in tmp_path.iterdir()] == ['tokenizer_state.pt']
 
 
+def test_tokens_of_other_classes_in_train_and_val_are_refused(train, stage1, tmp_path):
+    tokens = shutil.copytree(stage1 / 'tokens', tmp_path / 'tokens')
+    meta = json.loads((tokens / 'val.json').read_text())
+    (tokens / 'val.json').write_text(json.dumps(meta | {'classes': meta['classes'][::-1]}))
+    with pytest.raises(UserError, match='tokens: train and val have different classes; run encode.py again'):
+        train(tokens=str(tokens))
+
+
 def test_a_student_is_not_resumed_on_the_tokens_of_another_tokenizer(train, stage2, tmp_path):
     saved = torch.load(stage2 / 'fvar_state.pt', weights_only=True)
     torch.save(saved | {'tokenizer': '0123456789abcdef'}, tmp_path / 'fvar_state.pt')
@@ -436,12 +444,14 @@ def test_a_finished_run_can_be_made_longer(train, stage2, tmp_path):
     assert torch.load(tmp_path / 'student.pt', weights_only=True)['step'] == 14
 
 
-def test_tokenizers_can_start_from_their_own_weights(train_stage1, stage1, tmp_path):
+def test_tokenizers_can_start_from_their_own_weights(train_stage1, stage1, tmp_path, capsys):
     train_stage1(init_from=str(stage1 / 'tokenizer.pt'), lr=0.0, steps=1, warm_start=0, reseed_every=0)
+    assert 'note' not in capsys.readouterr().out
     ours, theirs = (state_of(out / 'tokenizer.pt', 'structure', 'alias') for out in (tmp_path, stage1))
     assert all(name.endswith('usage') or 'scale' in name for name in differing(ours, theirs))
     with pytest.raises(UserError, match='tokenizer.pt does not fit this model'):
         train_stage1(init_from=str(stage1 / 'tokenizer.pt'), vocab_size=16)
+    assert 'note: the first 3 steps train without codes; use --warm_start=0' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('classes', [
@@ -557,6 +567,11 @@ def test_a_discriminator_that_cannot_be_is_one_line_at_the_start(train_stage1, t
     with pytest.raises(UserError, match='image_size=.*, gan_channels=.*: the discriminator needs') as error:
         train_stage1(**GAN | settings)
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_lpips_of_tiny_images_is_one_line_at_the_start(train_stage1):
+    with pytest.raises(UserError, match='image_size=8: LPIPS needs at least 16 pixels; use --lambda_lpips=0'):
+        train_stage1(lambda_lpips=1.0, image_size=8, patch_nums=(1, 2))
 
 
 def test_a_second_run_in_one_folder_is_told_so(train, train_stage1, tmp_path, monkeypatch):

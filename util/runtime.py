@@ -601,7 +601,7 @@ def run(main):
         reason = f'{type(error).__name__}: {error}'
         if re.search('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED', reason):
             fixes = [fix for name, fix in MEMORY_FIXES.items() if name in main.__globals__]
-            fail(f'out of memory: {" or ".join(fixes) or "lower --batch_size"}', 1)
+            fail(f'out of memory: {" or ".join(fixes) or "set a smaller --batch_size"}', 1)
         if 'DataLoader worker' in reason:
             fail(f'an image-decoding process died ({error}); if it ran out of memory, lower --workers', 1)
         raise
