@@ -35,7 +35,7 @@ from data import balanced_labels, close_table, open_table, sample_generators, to
 from model import compile_sampling, pictures_at_once
 from published import load_deployed, to_official
 from util import runtime
-from util.checkpoint import atomic_write, digest
+from util.checkpoint import atomic_write, digest, locked
 from util.pictures import (
     legible, load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture,
 )
@@ -242,7 +242,8 @@ def main():
     if compile:
         compile_sampling(student, dev)
     if num_samples:
-        write_samples(structure, student, checkpoint['step'], autocast, dev)
+        with locked(Path(out or f'{out_dir}/samples.npz').with_suffix('.lock')):
+            write_samples(structure, student, checkpoint['step'], autocast, dev)
     elif export:
         export_weights(structure, student)
     elif edit or refocus:
