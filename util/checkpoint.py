@@ -228,13 +228,13 @@ def check_resumed(saved, config, fixed, path):
     old, step = saved['config'], saved['step']
     changed = {name: f'{name} {old[name]!r} → {config[name]!r}' for name in config
                if name in old and old[name] != config[name] and name not in ('init_from', 'out_dir')}
-    for name in changed.keys() & set(fixed):
+    for name in filter(changed.get, fixed):
         raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
                         f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
     if changed:
         say('resumed with changed settings: ' + ', '.join(changed.values()))
-    before, after = (learning_rate(*at, of['steps'], of['lr'], of['warmup'])
-                     for at, of in (((step - 1,), old), ((step,), config)))
+    before, after = (learning_rate(at, of['steps'], of['lr'], of['warmup'])
+                     for at, of in ((step - 1, old), (step, config)))
     if after > 1.01 * before and step > config['warmup']:
         say(f'the learning rate goes up from {before:.2g} to {after:.2g}, and then down again until step '
             f'{config["steps"]}')
@@ -263,10 +263,9 @@ def load_training_state(module, optimizer, weights, optimizer_state, name):
     names = {parameter: name for name, parameter in module.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group['params']]
     if 'state' in optimizer_state:                          # not Muon's, which is never sharded
-        keys = order if is_sharded(module) else range(len(order))
-        key_of = dict(zip([*order, *range(len(order))], [*keys, *keys]))    # by name if sharded, or by number
-        state = {key_of[key]: value for key, value in optimizer_state['state'].items()}
-        optimizer_state = {'state': state}
+        keys = order if is_sharded(module) else range(len(order))           # by name, or by number
+        key_of = dict(zip(order, keys)) | dict(enumerate(keys))
+        optimizer_state = {'state': {key_of[key]: s for key, s in optimizer_state['state'].items()}}
     if not is_sharded(module):
         load_weights(module, weights, name)
         load_optimizer(optimizer, optimizer_state)
