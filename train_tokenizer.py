@@ -398,8 +398,7 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
         save(run, step, metrics, train.classes)
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'tokenizers', images_per_step=batch_size)
-    order = batches(train, batch_size, seed, step, workers)
-    supply = runtime.Waiting(order)
+    supply = iter(batches(train, batch_size, seed, step, workers))
     saving = runtime.Saving(save_every, save_seconds)
     flops = flops_per_image() if step < steps else 0
     speed = runtime.Speed(batch_size, flops, runtime.peak_flops(run.dev, run.autocast))
@@ -429,8 +428,7 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
     bar.close()
     if runtime.rank() == 0:
         save_pictures(run.structure, normalize(validation[:8].to(run.dev)), f'{out_dir}/tokenizer.png')
-        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png; '
-                    f'waited for data {supply.share():.1%} of the time')
+        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')
 
 
 def describe(run, dataset):

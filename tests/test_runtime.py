@@ -1106,22 +1106,6 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(checkpoint,
     assert load_checkpoint(checkpoint, 'toy')['step'] == 2
 
 
-def test_waiting_for_data_is_counted_from_the_second_item_on(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(runtime.time, 'perf_counter', lambda: now[0])
-
-    def slow():
-        for seconds in (50, 1, 2):
-            now[0] += seconds
-            yield seconds
-    supply = runtime.Waiting(slow())
-    assert supply.share() == 0
-    for wanted in (50, 1, 2):
-        assert next(supply) == wanted
-        now[0] += 9                                         # what the step takes
-    assert supply.share() == pytest.approx(3 / 30)
-
-
 SLOW_RANK = """
 import os, signal, time
 import torch

@@ -497,25 +497,6 @@ def progress(total, initial=0, label='', images_per_step=1):
                 disable=rank() != 0, delay=1, **options)
 
 
-class Waiting:
-    """An iterator that measures how much of the time its consumer waits. The first item is not counted."""
-
-    def __init__(self, items):
-        self.items, self.waited, self.began = iter(items), 0.0, None
-
-    def __next__(self):
-        asked = time.perf_counter()
-        item = next(self.items)
-        if self.began:
-            self.waited += time.perf_counter() - asked
-        self.began = self.began or time.perf_counter()
-        return item
-
-    def share(self):
-        """The fraction of the time since the first item."""
-        return self.waited / max(1e-9, time.perf_counter() - self.began) if self.began else 0.0
-
-
 class Speed:
     """Images per second, and MFU: the fraction of the devices' peak FLOP/s that the model needs for them.
 
