@@ -141,6 +141,17 @@ def test_fid_is_measured_to_published_statistics(measured, random_inception, mon
         assert found[name] == (by_images[name] if images_beside else None)
 
 
+def test_collapsed_but_realistic_samples_have_precision_and_no_recall(random_inception, tmp_path, monkeypatch):
+    """Precision: samples that lie among real images. Recall: real images that lie among samples."""
+    monkeypatch.setattr(metrics, 'frechet_distance', lambda *moments: 0.0)
+    real = pictures(torch.arange(12) % 2)
+    collapsed = real[:1].repeat(12, 1, 1, 1)
+    collapsed[:, 0, 0, 0] = torch.arange(12)                # or all distances between samples would be zero
+    moments = torch.zeros(2048), torch.eye(2048)
+    found = torch_fidelity_metrics(collapsed, real, random_inception, tmp_path, ('generated', 'real'), moments)
+    assert found['precision'] == 1 and found['recall'] <= 1 / 12
+
+
 def test_our_frechet_distance_is_torch_fidelitys():
     metric = pytest.importorskip('torch_fidelity.metric_fid')
     a, b = (statistics(normal(60, 20, seed=seed) @ normal(20, 20, seed=seed + 2)) for seed in (0, 1))
