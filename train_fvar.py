@@ -206,17 +206,17 @@ def flops_per_image(structure, alias, num_classes):
 # -----------------------------------------------------------------------------
 # the run
 
-def save(run, step, metrics, classes):
-    """Writes student.pt and fvar_state.pt."""
+def save(run, step, metrics, dataset):
+    """Writes student.pt and fvar_state.pt. dataset: what the run is trained on."""
     weights, optimizer_state = training_state(run.network, run.optimizer)
     if runtime.rank() == 0:
         of_student = {name.removeprefix('student.'): weight for name, weight in weights.items()
                       if name.startswith('student.')}
-        common = {'config': config, 'step': step, 'metrics': metrics, 'classes': classes,
-                  'tokenizer': digest(run.structure.state_dict())}
+        common = {'config': config, 'step': step, 'metrics': metrics,
+                  'classes': dataset.classes, 'tokenizer': dataset.meta['tokenizer']}
         student = {'kind': 'student', 'student': of_student}
         training = {'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
-                    'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict()}
+                    'safe_step': run.safe_step.state_dict()}
         save_checkpoint(f'{out_dir}/student.pt', common | student)
         save_checkpoint(f'{out_dir}/fvar_state.pt', common | training)
     runtime.barrier()
@@ -233,8 +233,6 @@ def resume(run, state_file, dataset):
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
     load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
-    if saved['scaler']:                                     # empty unless that run was in float16
-        run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 
@@ -304,7 +302,7 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
                         + ('; teacher {teacher_ce:.3f}, kl {kl:.4f}'.format(**metrics) if distill else ''))
             speed.start(step)
         if saving.due(step, steps):
-            save(run, step, metrics, train.classes)
+            save(run, step, metrics, train)
             saving.stop_if_asked(step)
             speed.start(step)
     saving.end()

@@ -309,7 +309,7 @@ def save(run, step, metrics, classes):
         weights |= {'kind': 'tokenizer', 'classes': classes}
         save_checkpoint(f'{out_dir}/tokenizer.pt', common | weights)
         training = {'kind': 'tokenizer training', 'networks': run.networks.state_dict(),
-                    'scaler': run.scaler.state_dict(), 'safe_step': run.safe_step.state_dict(),
+                    'safe_step': run.safe_step.state_dict(),
                     'optimizers': [optimizer.state_dict() for optimizer in optimizers(run)]}
         save_checkpoint(f'{out_dir}/tokenizer_state.pt', common | training)
     runtime.barrier()
@@ -327,8 +327,6 @@ def resume(run, state_file):
     load_weights(run.networks, saved['networks'], state_file)
     for optimizer, state in zip(optimizers(run), saved['optimizers']):
         load_optimizer(optimizer, state)
-    if saved['scaler']:                                     # empty unless that run was in float16
-        run.scaler.load_state_dict(saved['scaler'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 

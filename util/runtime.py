@@ -38,8 +38,8 @@ def world_size():
 
 
 def all_reduce(tensor, average=False):
-    """Sums (or averages) a tensor over all ranks, in place, and returns it. Meta tensors are left alone."""
-    if dist.is_initialized() and not tensor.is_meta:
+    """Sums (or averages) a tensor over all ranks, in place, and returns it."""
+    if dist.is_initialized():
         dist.all_reduce(tensor)
         if average:
             tensor /= world_size()
@@ -354,12 +354,15 @@ class SafeStep:
 
     def state_dict(self):
         return {'skipped': self.skipped.item(), 'in_a_row': self.in_a_row.item(),
-                'culprits': [name for name, bad in self.culprits.items() if bad]}
+                'culprits': [name for name, bad in self.culprits.items() if bad],
+                'scaler': self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         self.skipped.fill_(state['skipped'])
         self.in_a_row.fill_(state['in_a_row'])
         self.culprits = dict.fromkeys(state['culprits'], torch.ones_like(self.skipped, dtype=torch.bool))
+        if state['scaler']:                                 # empty unless that run was in float16
+            self.scaler.load_state_dict(state['scaler'])
 
     def __call__(self, networks, lr, terms={}):
         """Clips, steps, clears the gradients. Returns (gradient norm, whether it is finite), both tensors.
