@@ -119,9 +119,10 @@ def in_float32(device):
 
 
 def convolve(images, weight, stride=1):
-    """images ⋆ weight at every stride-th pixel, with reflected borders. Dropped pixels are never computed."""
+    """images ⋆ weight at the middle of every cell of `stride` pixels, with reflected borders. Dropped pixels
+    are never computed."""
     B, C, H, W = images.shape
-    padded = reflect_pad(images, weight.shape[-1] // 2)
+    padded = reflect_pad(images, weight.shape[-1] // 2)[..., stride // 2:, stride // 2:]
     # one picture of B·C channels is much faster on CPUs than B·C pictures of one channel
     channels = padded.reshape(1, B * C, *padded.shape[-2:])
     kernels = weight.to(images).expand(B * C, 1, -1, -1)
@@ -163,12 +164,13 @@ def defocus(images, radius, kernel='disk'):
 def decimate(images, size):
     """x↓s (Eq. 3, 4): (B, C, S, S) → (B, C, size, size), with nothing done against aliasing.
 
-    An integer step s = S/size keeps every s-th pixel, a fractional one interpolates (bicubic).
+    An integer step s = S/size keeps the pixel in the middle of each s × s cell (for an even s, the one just
+    right of and below it). A fractional step interpolates about the same points (bicubic).
     """
     side = images.shape[-1]
     if side % size == 0:
         step = side // size
-        return images[..., ::step, ::step]
+        return images[..., step // 2::step, step // 2::step]
     return F.interpolate(images, (size, size), mode='bicubic', align_corners=False, antialias=False)
 
 

@@ -37,7 +37,7 @@ from published import load_deployed, to_official
 from util import runtime
 from util.checkpoint import atomic_write, digest, locked
 from util.pictures import (
-    legible, load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture,
+    focus_labels, legible, load_mask, load_photo, picture_grid, place_photo, save_gif, save_png, to_picture,
 )
 
 # input and output
@@ -128,11 +128,13 @@ def sample_classes(structure, student, chosen, names, autocast, dev):
     grid = picture_grid(torch.cat(images), per_class, row_names)
     save_png(f'{out_dir}/samples.png', grid)
 
-    # the first picture of every class, decoded from more and more of its token maps
-    states = structure.decode_states([torch.cat(maps)[::per_class] for maps in zip(*tokens)])
-    frames = [
-        picture_grid(state, min(5, len(chosen)), column_names=[f'focus state {k} of {len(states)}'], side=128)
-        for k, state in enumerate(states, start=1)]
+    # the first picture of up to five classes as its maps are decoded, above the finished picture, blurred
+    first = slice(0, 5 * per_class, per_class)
+    decoded = structure.decode_states([torch.cat(maps)[first] for maps in zip(*tokens)])
+    blurred = structure.focus_states(torch.cat(images)[first])
+    labels = focus_labels(structure.radii, decoded, blurred)
+    frames = [picture_grid(torch.cat(rows), len(rows[0]), ('decoded', 'blurred'), [label], side=160)
+              for *rows, label in zip(decoded, blurred, labels)]
     save_gif(f'{out_dir}/focus.gif', frames)
     runtime.say(f'wrote {out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif: '
                 f'{name_classes(chosen, names)}')

@@ -424,6 +424,10 @@ class StructureTokenizer(nn.Module):
         """All token maps, or a prefix → the focus states they decode to: a list of images in [−1, 1]."""
         return [self.decode_features(f_hat).clamp(-1, 1) for f_hat in self.quantizer.accumulate(tokens)]
 
+    def focus_states(self, images):
+        """What the states should decode to: F_ρk(x) of images (B, 3, S, S) for every token map k."""
+        return [defocus(images, radius, self.kernel) for radius in self.radii]
+
     @torch.no_grad()
     def decode(self, tokens):
         """Token maps → images (B, 3, S, S) in [−1, 1]."""
@@ -460,9 +464,11 @@ class StructureTokenizer(nn.Module):
                       for p, f_hat, e in zip(self.patch_nums, states, targets)]
             vq = sum(losses) / sum(self.patch_nums)
 
-        wanted = [-1] if state is None else [-1, state]
-        decoded = torch.cat([straight_through(states[k], bicubic(features[k], p_K)) for k in wanted])
-        picture, *others = self.decode_features(decoded).chunk(len(wanted))
+        decoded = straight_through(states[-1], bicubic(features[-1], p_K))
+        if state is not None:
+            # detached: the decoder learns to show a state; codes and encoder serve the final picture alone
+            decoded = torch.cat([decoded, states[state].detach()])
+        picture, *others = self.decode_features(decoded).split(len(images))
         state_picture = others[0] if others else None
         return SimpleNamespace(
             picture=picture, state_picture=state_picture, vq=vq, tokens=tokens, residuals=residuals)
@@ -555,6 +561,10 @@ class AliasTokenizer(nn.Module):
         """(B, 3, S, S) in [−1, 1] → alias token maps: a list over k < K of (B, p_k²) int64."""
         views = self.normalised(self.views(images, generator))
         return [self.codebook.nearest(self.features(view)) for view in views]
+
+    def focus_states(self, images):
+        """What the states should decode to: F_ρk(x) of images (B, 3, S, S) for every token map k."""
+        return [defocus(images, radius, self.kernel) for radius in self.radii]
 
     @torch.no_grad()
     def decode(self, tokens):

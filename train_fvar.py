@@ -5,8 +5,10 @@
     python train_fvar.py config/charts.py --distill=False     # no teacher; VAR, given pyramid='scale' tokens
 
 Reads tokenizer.pt and the token files of encode.py. Writes to out_dir: student.pt (the deployed network and
-nothing else), fvar_state.pt (for --init_from=resume) and fvar.jsonl (the log).
+nothing else), fvar_state.pt (for --init_from=resume), fvar.jsonl (the log), progress.png (the same samples at
+every validation) and loss.png (the loss curves).
 """
+import math
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -22,8 +24,9 @@ from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import (
-    Log, check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_weights,
-    resumes, save_checkpoint, training_state)
+    Log, check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_log,
+    read_weights, resumes, save_checkpoint, training_state)
+from util.pictures import add_row, plot_losses
 
 # input and output
 out_dir = 'out'                 # everything is written here
@@ -62,6 +65,7 @@ eval_every = 2000               # steps between validations
 eval_pictures = 1000              # held-out images per validation
 save_every = 2000               # steps between checkpoints
 save_seconds = 1800.0           # or seconds, whichever comes first; 0 counts steps only
+keep_best = False               # keep the student of the lowest held-out cross-entropy too, in student_best.pt
 log_every = 20                  # steps between log lines
 log_to = ''                     # also log to tensorboard | wandb, if installed
 # system
@@ -144,6 +148,8 @@ def start_from(student, structure, classes):
 def set_up(dev, structure, alias, num_classes, fill=None):
     """The networks on a device and what trains them, as a namespace."""
     run = SimpleNamespace(structure=structure, alias=alias, dev=dev)
+    if fsdp and optimizer == 'muon':
+        raise UserError('--optimizer=muon needs whole matrices: use --fsdp=False or --optimizer=adamw')
     run.autocast, run.scaler = runtime.precision(dtype, dev)
     run.network = build_network(structure, alias, num_classes, dev, fill).train()
     if compile:
@@ -151,22 +157,16 @@ def set_up(dev, structure, alias, num_classes, fill=None):
             block.compile()
     if fsdp:
         runtime.shard(run.network, blocks_of(run.network), dev, runtime.dtype_of(run.autocast))
-    run.optimizer = build_optimizer(run.network)
+    run.optimizer = runtime.build_optimizer(
+        optimizer, muon_weights(run.network), run.network, lr, betas, weight_decay)
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
     return run
 
 
-def build_optimizer(network):
-    """AdamW; or Muon for all matrices in the blocks but AdaLN's, and AdamW for the rest."""
-    if optimizer == 'adamw':
-        return runtime.adamw(network, lr, betas, weight_decay)
-    if optimizer != 'muon':
-        raise UserError(f'--optimizer={optimizer}: choose adamw or muon')
-    if fsdp:
-        raise UserError('--optimizer=muon needs whole matrices: use --fsdp=False or --optimizer=adamw')
-    matrices = [parameter for block in blocks_of(network) for name, parameter in block.named_parameters()
-                if parameter.ndim == 2 and not name.startswith('ada.')]
-    return runtime.MuonWithAdamW(matrices, network, lr, betas, weight_decay)
+def muon_weights(network):
+    """The matrices that optimizer='muon' trains: those of the blocks but AdaLN's."""
+    return [parameter for block in blocks_of(network) for name, parameter in block.named_parameters()
+            if parameter.ndim == 2 and not name.startswith('ada.')]
 
 
 def train_step(run, trained, step, batch):
@@ -206,8 +206,8 @@ def flops_per_image(structure, alias, num_classes):
 # -----------------------------------------------------------------------------
 # the run
 
-def save(run, step, metrics, dataset):
-    """Writes student.pt and fvar_state.pt. dataset: what the run is trained on."""
+def save(run, step, metrics, dataset, best=False):
+    """Writes student.pt and fvar_state.pt; or if best, student_best.pt. dataset: what the run trains on."""
     weights, optimizer_state = training_state(run.network, run.optimizer)
     if runtime.rank() == 0:
         of_student = {name.removeprefix('student.'): weight for name, weight in weights.items()
@@ -215,11 +215,44 @@ def save(run, step, metrics, dataset):
         common = {'config': config, 'step': step, 'metrics': metrics,
                   'classes': dataset.classes, 'tokenizer': dataset.meta['tokenizer']}
         student = {'kind': 'student', 'student': of_student}
-        training = {'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
-                    'safe_step': run.safe_step.state_dict()}
-        save_checkpoint(f'{out_dir}/student.pt', common | student)
-        save_checkpoint(f'{out_dir}/fvar_state.pt', common | training)
+        save_checkpoint(f'{out_dir}/student{"_best" if best else ""}.pt', common | student)
+        if not best:
+            training = {'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
+                        'safe_step': run.safe_step.state_dict()}
+            save_checkpoint(f'{out_dir}/fvar_state.pt', common | training)
     runtime.barrier()
+
+
+@torch.no_grad()
+def show_progress(run, step, row, num_classes):
+    """Adds a row to progress.png: one sample for each of the first eight classes, always of the same noise."""
+    labels = torch.arange(min(8, num_classes), device=run.dev)
+    noise = torch.Generator(run.dev).manual_seed(seed)
+    with runtime.gathered(run.network), run.autocast():
+        _, images = run.network.student.generate(run.structure, labels, cfg=1.0, top_p=0.5, generator=noise)
+    if runtime.rank() == 0:
+        add_row(f'{out_dir}/progress.png', row, images, f'step {step}')
+
+
+def validate(run, step, train, held_out, batch_size, log):
+    """Metrics of the held-out images, which are logged, said and shown in progress.png."""
+    earlier = [record['val_ce'] for record in read_log(log.path) if 'val_ce' in record]
+    batches = held_out_batches(held_out, batch_size)
+    metrics = held_out_loss(run.network, run.structure, batches, run.dev, run.autocast)
+    log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
+    runtime.say(f'step {step}: held-out cross-entropy {metrics["ce"]:.3f} '
+                f'({metrics["bits_per_image"]:.0f} bits per image), per token map '
+                + ' '.join(f'{ce:.2f}' for ce in metrics['ce_per_map'])
+                + ('; teacher {teacher_ce:.3f}, kl {kl:.4f}'.format(**metrics) if distill else ''))
+    lowest = min(earlier, default=math.inf)
+    if metrics['ce'] > lowest and lowest == earlier[-1] and earlier == sorted(earlier, reverse=True):
+        runtime.say(f'note: it was {lowest:.3f} before and rises now, so the student overfits; '
+                    'keep_best=True keeps the best one')
+    if keep_best and metrics['ce'] < lowest:
+        save(run, step, metrics, train, best=True)
+    show_progress(run, step, len(earlier), len(train.classes))
+    run.network.train()
+    return metrics
 
 
 def resume(run, state_file, dataset):
@@ -292,14 +325,7 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
             shown = {name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means}
             bar.set_postfix({'step': step, **shown})
         if step % eval_every == 0 or step == steps:
-            batches = held_out_batches(held_out, batch_per_pass)
-            metrics = held_out_loss(run.network, run.structure, batches, run.dev, run.autocast)
-            run.network.train()
-            log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
-            runtime.say(f'step {step}: held-out cross-entropy {metrics["ce"]:.3f} '
-                        f'({metrics["bits_per_image"]:.0f} bits per image), per token map '
-                        + ' '.join(f'{ce:.2f}' for ce in metrics['ce_per_map'])
-                        + ('; teacher {teacher_ce:.3f}, kl {kl:.4f}'.format(**metrics) if distill else ''))
+            metrics = validate(run, step, train, held_out, batch_per_pass, log)
             speed.start(step)
         if saving.due(step, steps):
             save(run, step, metrics, train)
@@ -307,7 +333,9 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
             speed.start(step)
     saving.end()
     bar.close()
-    runtime.say(f'wrote {out_dir}/student.pt')
+    if runtime.rank() == 0:
+        plot_losses(log.path, f'{out_dir}/loss.png', ('ce', 'val_ce', 'teacher_ce', 'val_teacher_ce'))
+        runtime.say(f'wrote {out_dir}/student.pt and {out_dir}/progress.png')
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from util.checkpoint import (
     Log, check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
     save_checkpoint)
 from util.metrics import psnr
-from util.pictures import picture_grid, save_png
+from util.pictures import focus_labels, picture_grid, save_png
 
 # input and output
 out_dir = 'out'                 # everything is written here
@@ -58,7 +58,7 @@ alias_res_blocks = 1            # residual blocks at each resolution
 # loss
 warm_start = 0                  # steps as a plain autoencoder; the codes then start on its features
 beta = 0.25                     # commitment weight of the VQ loss
-lambda_focus = 0.02             # weight of decoding one random focus state per step
+lambda_focus = 0.3              # weight of decoding one random focus state per step; it trains the decoder only
 lambda_lpips = 0.0              # weight of LPIPS, which needs VGG weights on disk
 lambda_gan = 0.0                # weight of the PatchGAN, times VQGAN's adaptive factor
 gan_start = 0                   # first step with the discriminator
@@ -68,6 +68,7 @@ reseed_every = 50               # steps between searches for dead codes
 reseed_until = 0.8              # fraction of the run after which codes are left alone
 dead_below = 0.03               # a code is dead if it is used less than this times the average
 # optimisation
+optimizer = 'adamw'             # adamw (paper) | muon: for the convolutions, AdamW for the rest
 steps = 100_000                 # optimizer steps (paper); 0 writes the tokenizers of init_from unchanged
 batch_size = 256                # images per step, summed over ranks
 grad_accum_steps = 1            # forward and backward passes that a step is split into
@@ -95,7 +96,7 @@ config = configure(globals())
 FIXED = (
     'data', 'image_size', 'flip', 'batch_size', 'seed', 'patch_nums', 'vocab_size', 'codebook_dim',
     'channels', 'channel_mult', 'res_blocks', 'phis', 'dual', 'alias_vocab_size', 'alias_codebook_dim',
-    'alias_channels', 'alias_res_blocks', 'gan_channels')
+    'alias_channels', 'alias_res_blocks', 'gan_channels', 'optimizer')
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -151,13 +152,20 @@ def set_up(dev):
     run.networks.to(dev, memory_format=torch.channels_last)
     runtime.broadcast_weights(run.networks)
     run.lpips = load_lpips(dev) if lambda_lpips else None
-    run.optimizer = runtime.adamw(run.tokenizers, lr, betas, weight_decay)
+    run.optimizer = runtime.build_optimizer(
+        optimizer, muon_weights(run.tokenizers), run.tokenizers, lr, betas, weight_decay)
     if lambda_gan:
         run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay)
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
     if compile:
         compile_convolutions(run.structure)
     return run
+
+
+def muon_weights(tokenizers):
+    """The convolutions that optimizer='muon' trains: all but those from and to pixels."""
+    return [part.weight for part in tokenizers.modules()
+            if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
 
 
 def forward(run, images, noise, step):
@@ -270,8 +278,7 @@ def validate(structure, alias, images, batch, dev):
     for part in images.split(batch):
         x = normalize(runtime.to_device(part, dev))
         tokens, views = structure.encode(x), alias.views(x)
-        wanted = [defocus(x, radius, structure.kernel) for radius in structure.radii]
-        found = [psnr(*pair) for pair in zip(structure.decode_states(tokens), wanted)]
+        found = [psnr(*pair) for pair in zip(structure.decode_states(tokens), structure.focus_states(x))]
         found += [view.square().mean().item() for view in views]
         found += [F.mse_loss(*pair).item() for pair in zip(alias.decode(alias.encode(x)), views)]
         sums += len(part) * np.array(found)
@@ -291,11 +298,12 @@ def collapsed(perplexity):
 
 
 def save_pictures(structure, images, path):
-    """Two rows per image: the focus states F_ρk(x), and what the tokens decode to."""
-    wanted = [defocus(images, radius, structure.kernel) for radius in structure.radii]
+    """Two rows per image: the blurred originals F_ρk(x), and what the first k token maps decode to."""
+    wanted = structure.focus_states(images)
     decoded = structure.decode_states(structure.encode(images))
     rows = torch.stack([torch.stack(wanted), torch.stack(decoded)]).permute(2, 0, 1, 3, 4, 5)
-    save_png(path, picture_grid(rows.flatten(0, 2), len(wanted)))
+    save_png(path, picture_grid(rows.flatten(0, 2), len(wanted), ('blurred', 'decoded') * len(images),
+                                focus_labels(structure.radii, decoded, wanted), side=96))
 
 
 # -----------------------------------------------------------------------------
@@ -425,7 +433,7 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
     saving.end()
     bar.close()
     if runtime.rank() == 0:
-        save_pictures(run.structure, normalize(validation[:8].to(run.dev)), f'{out_dir}/tokenizer.png')
+        save_pictures(run.structure, normalize(validation[:6].to(run.dev)), f'{out_dir}/tokenizer.png')
         runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')
 
 
@@ -447,8 +455,8 @@ def report(step, metrics):
                 f'{brief(metrics["psnr_states"])}, perplexity {brief(metrics["perplexity"], ".0f")}, '
                 f'alias missed {brief(metrics["alias_missed"], ".2f")}')
     if bad := collapsed(metrics['perplexity']):
-        runtime.say(f'warning: token maps {bad} use almost no codes; raise reseed_until or lambda_focus, or '
-                    'start anew with a larger batch_size')
+        runtime.say(f'warning: token maps {bad} use almost no codes; raise reseed_until, or start anew '
+                    'with a larger batch_size')
 
 
 def brief(numbers, form='.1f'):

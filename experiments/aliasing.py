@@ -94,7 +94,7 @@ def band_limit(images, size, where):
 def sample_positions(side, size):
     """Where decimate() reads its `size` samples, in pixels of the full-size image."""
     step = side / size
-    start = 0 if side % size == 0 else (step - 1) / 2
+    start = step // 2 if side % size == 0 else (step - 1) / 2
     return torch.arange(size).double() * step + start
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,8 +93,8 @@ def test_make_demo_starts_these_stages_in_this_order():
 def test_every_promised_file_is_there_and_no_other(demo):
     assert set(contents(demo.out)) == {
         'tokenizer.pt', 'tokenizer_state.pt', 'tokenizer.jsonl', 'tokenizer.png', 'tokens/train.bin', 'tokens/train.json',
-        'tokens/val.bin', 'tokens/val.json', 'student.pt', 'fvar_state.pt', 'fvar.jsonl', 'samples.png', 'focus.gif', 'cnn.pt',
-        'results.json'}
+        'tokens/val.bin', 'tokens/val.json', 'student.pt', 'fvar_state.pt', 'fvar.jsonl', 'progress.png', 'samples.png',
+        'focus.gif', 'cnn.pt', 'results.json'} | ({'loss.png'} if find_spec('matplotlib') else set())
 
 
 def test_every_script_says_what_it_wrote(demo):
@@ -105,6 +106,7 @@ def test_every_script_says_what_it_wrote(demo):
 def test_the_gif_shows_as_many_focus_states_as_there_are_token_maps(demo):
     with Image.open(demo.out / 'focus.gif') as gif:
         assert gif.n_frames == 6 and gif.info['loop'] == 0
+        assert gif.size[1] > 2 * 160                        # decoded pictures above blurred ones
     with Image.open(demo.out / 'samples.png') as picture:
         assert picture.height == 4 * 66 - 2                 # four rows, a class each
 

@@ -129,9 +129,14 @@ def test_eq_4_the_last_alias_is_noise_and_no_other_is(views):
 # Eq. 6, 7, 8: the spectrum of the alias, by FFT. Sides of 33·s pixels, so that no frequency lies on the edge of the band
 
 def sample_row(x, s):
-    """x↓s of signals (B, N), as rows of pictures."""
+    """x↓s of signals (B, N), as rows of pictures. Eq. 6 counts from the first sample, so that is moved to pixel 0."""
     N = x.shape[-1]
-    return decimate(x[:, None, None].expand(-1, 1, N, N), N // s)[:, 0, 0]
+    return sample_picture(x[:, None, None].expand(-1, 1, N, N), s)[:, 0, 0]
+
+
+def sample_picture(x, s):
+    """x↓s of pictures (B, C, N, N), moved in the same way."""
+    return decimate(x.roll((s // 2, s // 2), (-2, -1)), x.shape[-1] // s)
 
 
 def copies(X, s, dim=-1):
@@ -182,7 +187,7 @@ def test_eq_6_the_weight_is_one_over_s_and_all_s_copies_fold(s):
 @pytest.mark.parametrize('s', [2, 3, 4, 8])
 def test_eq_6_in_a_picture_the_weight_is_one_over_s_squared(s):
     x = normal(2, 3, 33 * s, 33 * s)
-    D, X = torch.fft.fft2(decimate(x, 33)), torch.fft.fft2(x)
+    D, X = torch.fft.fft2(sample_picture(x, s)), torch.fft.fft2(x)
     assert differ(D, fold2(X, s) / s ** 2) < 1e-8
     assert differ(D, fold2(X, s) / 2) > 10
 
@@ -192,7 +197,7 @@ def test_eq_6_in_a_picture_the_weight_is_one_over_s_squared(s):
 def test_eq_7_alias_is_what_folds_and_structure_is_the_base_band_times_the_same_weight(s, axes):
     """The paper's L̂ = X lacks the weight; its U holds all shifts but zero, s − 1 of them or s² − 1."""
     fft, ifft, sample, fold_all = ((torch.fft.fft, torch.fft.ifft, sample_row, fold) if axes == 1 else
-                                   (torch.fft.fft2, torch.fft.ifft2, lambda x, s: decimate(x, x.shape[-1] // s), fold2))
+                                   (torch.fft.fft2, torch.fft.ifft2, sample_picture, fold2))
     x = normal(3, *[33 * s] * axes) if axes == 1 else normal(3, 1, *[33 * s] * axes)
     X = fft(x)
     L = sample(ifft(ideal(X, s, axes)).real, s)

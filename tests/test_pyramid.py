@@ -188,9 +188,19 @@ def test_a_blur_wider_than_the_image_is_refused():
 
 
 @pytest.mark.parametrize('step', [1, 2, 3, 4, 12])
-def test_a_whole_step_keeps_every_step_th_pixel(step):
+def test_a_whole_step_keeps_the_pixel_in_the_middle_of_each_cell(step):
     images = normal(2, 3, 24, 24)
-    assert torch.equal(decimate(images, 24 // step), images[:, :, ::step, ::step])
+    assert torch.equal(decimate(images, 24 // step), images[:, :, step // 2::step, step // 2::step])
+
+
+def test_whole_and_fractional_steps_read_the_same_grid():
+    """A straight line tells where it was read: by the middle of each cell, or half a pixel from it in even cells."""
+    ramp = torch.arange(48.0).expand(1, 1, 48, 48)
+    for size in (4, 5, 7, 9, 12, 16, 20, 24, 48):
+        step = 48 / size
+        middle = (torch.arange(size) + 0.5) * step - 0.5
+        off = (decimate(ramp, size)[0, 0, 0] - middle)[1:-1]    # without the borders
+        assert off.abs().max() <= (0.5 if step % 2 == 0 else 0.05), size     # bicubic bends a line a little
 
 
 def test_a_fractional_step_reads_between_the_pixels():

@@ -278,6 +278,20 @@ def test_muon_trains_its_matrices_and_adamw_the_rest_at_one_rate():
     assert (matrix - before[0]).square().mean().sqrt() < 0.01
 
 
+def test_muon_trains_a_convolution_as_a_matrix_with_a_row_per_output_channel():
+    conv = torch.nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = MuonWithAdamW([conv.weight], conv, 0.1, (0.9, 0.95), 0.0)
+    before = conv.weight.clone()
+    conv(torch.randn(2, 6, 5, 5)).square().sum().backward()
+    SafeStep(optimizer, precision('float32', CPU)[1], grad_clip=1.0)([conv.parameters()], lr=0.01)
+    update = (conv.weight - before).detach().flatten(1)
+    singular = torch.linalg.svdvals(update)
+    assert singular.min() > 0.5 * singular.max()            # orthogonal, as far as five iterations go
+    with pytest.raises(RuntimeError):                       # another memory order would train a copy
+        plain = torch.nn.Conv2d(6, 4, 3)
+        MuonWithAdamW([plain.weight], plain, 0.1, (0.9, 0.95), 0.0)
+
+
 def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
     network = torch.nn.Linear(6, 6)
     optimizer = MuonWithAdamW([network.weight], network, 0.1, (0.9, 0.95), 0.0)
@@ -285,14 +299,14 @@ def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
     network(torch.ones(3, 6)).square().sum().backward()
     safe_step([network.parameters()], lr=0.1)
     before = [p.clone() for p in network.parameters()]
-    momentum = optimizer.muon.state[network.weight]['momentum_buffer'].clone()
+    momentum = optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'].clone()
     (network(torch.ones(3, 6)).sum() * math.nan).backward()
     _, finite = safe_step([network.parameters()], lr=0.1)
     assert not finite and all(map(torch.equal, before, network.parameters()))
-    assert torch.equal(momentum, optimizer.muon.state[network.weight]['momentum_buffer'])
+    assert torch.equal(momentum, optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'])
     files.load_optimizer(optimizer, saved_state := optimizer.state_dict())
     assert {group['lr'] for group in optimizer.param_groups} == {0.1}
-    assert torch.equal(momentum, optimizer.muon.state[network.weight]['momentum_buffer'])
+    assert torch.equal(momentum, optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'])
     assert momentum.data_ptr() != saved_state['muon']['state'][0]['momentum_buffer'].data_ptr()
 
 

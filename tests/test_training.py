@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import encode
 import model
@@ -317,6 +318,40 @@ def test_resumed_tokenizers_are_the_uninterrupted_ones_bit_for_bit(data, tmp_pat
     assert any(name.startswith('/optimizers/1/state') for name in states[0]) == bool(extra)
     logs = [log_lines(tmp_path / out, 'tokenizer') for out in ('whole', 'parts')]
     assert logs[0] == logs[1] and [r['step'] for r in log_of(tmp_path / 'parts', 'tokenizer')[0]] == list(range(12))
+
+
+def test_tokenizers_resumed_under_muon_are_the_uninterrupted_ones_bit_for_bit(data, tmp_path):
+    settings = STAGE1 | dict(data=data, save_every=6, optimizer='muon')
+    run(train_tokenizer, **settings, out_dir=str(tmp_path / 'whole'))
+    run_with_an_interruption(train_tokenizer, at=9, **settings, out_dir=str(tmp_path / 'parts'))
+    states = [state_of(tmp_path / out / 'tokenizer_state.pt') for out in ('whole', 'parts')]
+    assert not differing(*states) and any(name.endswith('momentum_buffer') for name in states[0])
+
+
+# -----------------------------------------------------------------------------
+# what validations show
+
+def test_every_validation_adds_a_row_to_the_progress_picture(stage1, tmp_path):
+    settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), eval_every=4, save_every=4)
+    run(train_fvar, **settings, out_dir=str(tmp_path / 'whole'))
+    run_with_an_interruption(train_fvar, at=10, **settings, out_dir=str(tmp_path / 'parts'))
+    whole, parts = (np.asarray(Image.open(tmp_path / out / 'progress.png')) for out in ('whole', 'parts'))
+    rows = [whole[top:top + 72, -100:] for top in range(0, len(whole), 74)]
+    assert len(whole) == 3 * 74 - 2 and np.array_equal(whole, parts)
+    assert not np.array_equal(rows[0], rows[2])             # the student has learned
+
+
+def test_a_rise_of_the_held_out_loss_is_said_once_and_the_best_student_is_kept(stage1, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.25, 1.5, 1.75])
+    measured = train_fvar.held_out_loss
+    monkeypatch.setattr(train_fvar, 'held_out_loss', lambda *args: measured(*args) | {'ce': next(losses)})
+    run(train_fvar, **STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path), eval_every=2,
+                                    keep_best=True))
+    printed = capsys.readouterr().out
+    assert printed.count('note: it was 2.000 before and rises now') == printed.count('note: it was') == 1
+    best, last = (torch.load(tmp_path / f'{name}.pt', weights_only=True) for name in ('student_best', 'student'))
+    assert (best['step'], best['metrics']['ce'], last['step']) == (10, 1.5, 12)
+    assert model.load_student(tmp_path / 'student_best.pt', load_tokenizers(stage1 / 'tokenizer.pt')[0])
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -627,8 +662,8 @@ def test_lpips_enters_the_loss_in_the_units_it_was_made_for(train_stage1, tmp_pa
 
 def test_bfloat16_trains_the_student_nearly_alike(train, stage2, tmp_path):
     train(dtype='bfloat16', steps=3)
-    half, full = (log_of(out, 'fvar')[0][2] for out in (tmp_path, stage2))     # the first steps are flat: nothing to round
-    assert half['total'] == pytest.approx(full['total'], rel=0.02) and half['total'] != full['total']
+    half, full = ([record['total'] for record in log_of(out, 'fvar')[0][:3]] for out in (tmp_path, stage2))
+    assert half == pytest.approx(full, rel=0.02) and half != full
     assert all(math.isfinite(record['total']) and record['skipped'] == 0 for record in log_of(tmp_path, 'fvar')[0])
 
 

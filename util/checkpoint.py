@@ -261,8 +261,8 @@ def training_state(module, optimizer):
 def load_training_state(module, optimizer, weights, optimizer_state, name):
     """Restores the result of training_state(). Either module may be sharded, or both."""
     names = {parameter: name for name, parameter in module.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group['params']]
     if 'state' in optimizer_state:                          # not Muon's, which is never sharded
+        order = [names[p] for group in optimizer.param_groups for p in group['params']]
         keys = order if is_sharded(module) else range(len(order))           # by name, or by number
         key_of = dict(zip(order, keys)) | dict(enumerate(keys))
         optimizer_state = {'state': {key_of[key]: s for key, s in optimizer_state['state'].items()}}
@@ -303,10 +303,10 @@ class Log:
     """
 
     def __init__(self, path, first_step=0, to='', config={}):
-        self.file = None
+        self.file, self.path = None, Path(path)
         if rank() != 0:
             return
-        path = Path(path)
+        path = self.path
         self.show = open_writer(to, path, first_step, config)
         kept = [record for record in read_log(path) if record['step'] < first_step]
         with atomic_write(path, 'w') as file:

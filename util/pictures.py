@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from configurator import UserError
 from data import normalize, read_picture, square_crop, to_uint8
 from util.charts import Charts
-from util.checkpoint import atomic_write
+from util.checkpoint import atomic_write, read_log
+from util.metrics import psnr
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +172,46 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     for name, (x, _) in zip(column_names, corners):
         draw.text((x + 4, 2), name, 'black', ImageFont.load_default(14))
     return canvas
+
+
+def focus_labels(radii, decoded, blurred):
+    """Two lines per token map: its blur radius, and the PSNR of its state against the blurred picture.
+
+    decoded and blurred: per map, images (B, 3, S, S).
+    """
+    return [f'k={k}  blur {radius:.2g}\n{psnr(*pair):.1f} dB'
+            for k, (radius, pair) in enumerate(zip(radii, zip(decoded, blurred)), start=1)]
+
+
+def add_row(path, row, images, name):
+    """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows."""
+    new = picture_grid(images, len(images), [name])
+    top = row * (new.height + 2)
+    canvas = Image.new('RGB', (new.width, top + new.height), 'white')
+    if os.path.isfile(path) and top:
+        canvas.paste(old := open_picture(path, 10 ** 6), (new.width - old.width, 0))
+    canvas.paste('white', (0, top, *canvas.size))           # rows of a run that was resumed before them
+    canvas.paste(new, (0, top))
+    save_png(path, canvas)
+
+
+def plot_losses(log, path, names):
+    """Draws numbers of a log over its steps, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    for name in names:
+        points = [(r['step'] + 1, r[name]) for r in read_log(log) if r.get(name) is not None]
+        if points:
+            style = {'marker': 'o'} if name.startswith('val_') else {'alpha': 0.5}
+            axes.plot(*zip(*points), label=name, **style)
+    axes.set(xlabel='step', ylabel='nats per token')
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=100)
 
 
 def save_png(path, picture):

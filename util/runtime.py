@@ -148,6 +148,17 @@ def is_sharded(module):
 
 
 @contextmanager
+def gathered(module):
+    """Inside, every rank holds all weights of a module that shard() has split. Others stay as they are."""
+    parts = [part for part in module.modules() if is_sharded(part)]
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+
+
+@contextmanager
 def without_sync(module):
     """Inside, backward passes only accumulate this rank's gradients. The next one outside averages them."""
     if is_sharded(module):
@@ -304,15 +315,21 @@ def adamw(module, lr, betas, weight_decay, without=()):
 
 
 class MuonWithAdamW:
-    """torch.optim.Muon for some matrices and AdamW for all other parameters, used like one optimizer.
+    """torch.optim.Muon for some weights and AdamW for all other parameters, used like one optimizer.
 
-    Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al. 2025). Muon has no
-    fused kernel that skips non-finite steps, so each step waits for the device.
+    weights: of linear layers, and of convolutions in channels-last memory, which count as matrices with a row
+    per output channel. Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al.
+    2025). Muon has no fused kernel that skips non-finite steps, so each step waits for the device.
     """
 
-    def __init__(self, matrices, module, lr, betas, weight_decay):
+    def __init__(self, weights, module, lr, betas, weight_decay):
+        self.matrices = {}                                  # weight → a 2-D view of its memory
+        for weight in weights:
+            rows = weight.data.movedim(1, -1).view(len(weight), -1)
+            self.matrices[weight] = nn.Parameter(rows)
+        matrices = self.matrices.values()
         self.muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
-        self.adamw = adamw(module, lr, betas, weight_decay, without=matrices)
+        self.adamw = adamw(module, lr, betas, weight_decay, without=weights)
 
     @property
     def param_groups(self):
@@ -326,11 +343,15 @@ class MuonWithAdamW:
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
         if not self.found_inf:
+            for weight, matrix in self.matrices.items():
+                if weight.grad is not None:                 # some learn only after the warm start
+                    matrix.grad = weight.grad.movedim(1, -1).flatten(1)
             self.muon.step()
 
     def zero_grad(self, set_to_none=True):
-        self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
+        for parameter in (*self.matrices, *self.matrices.values()):
+            parameter.grad = None
 
     def state_dict(self):
         return {'muon': self.muon.state_dict(), 'adamw': self.adamw.state_dict()}
@@ -338,6 +359,15 @@ class MuonWithAdamW:
     def load_state_dict(self, state):
         self.muon.load_state_dict(state['muon'])
         self.adamw.load_state_dict(state['adamw'])
+
+
+def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
+    """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest."""
+    if name == 'adamw':
+        return adamw(module, lr, betas, weight_decay)
+    if name == 'muon':
+        return MuonWithAdamW(muon_weights, module, lr, betas, weight_decay)
+    raise UserError(f'--optimizer={name}: choose adamw or muon')
 
 
 class SafeStep:
