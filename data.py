@@ -319,13 +319,13 @@ def balanced_labels(num_classes, count, seed):
     if rest or each < 1:
         raise UserError(f'{count} samples cannot be shared equally by {num_classes} classes: '
                         f'use a multiple of {num_classes}')
-    order = torch.randperm(count, generator=runtime.generator(seed, 7))
+    order = torch.randperm(count, generator=runtime.generator(seed, 'order of the classes'))
     return torch.arange(num_classes).repeat(each)[order]
 
 
 def sample_generators(seed, numbers):
     """One generator per sample, which depends only on (seed, sample number), not on batches or ranks."""
-    return [runtime.generator(seed, 9, number) for number in numbers]
+    return [runtime.generator(seed, 'sample', number) for number in numbers]
 
 
 # -----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     bar = runtime.progress(len(undone), label=f'encode {split}', images_per_step=images_per_step)
     for batch, (images, labels) in zip(undone, fetch(dataset, keys, workers)):
         images = normalize(runtime.to_device(images, dev)).contiguous(memory_format=torch.channels_last)
-        noise = runtime.noise_of(batch, dev, seed, random_crops)
+        noise = runtime.noise_of(batch, dev, seed, split)
         with autocast():
             maps = structure.encode(images, noise) + alias.encode(images, noise)
         skipped = dataset.skipped                           # those of this batch are known by now

@@ -132,9 +132,9 @@ def sample_classes(structure, student, chosen, names, autocast, dev):
     first = slice(0, 5 * per_class, per_class)
     decoded = structure.decode_states([torch.cat(maps)[first] for maps in zip(*tokens)])
     blurred = structure.focus_states(torch.cat(images)[first])
-    labels = focus_labels(structure.radii, decoded, blurred)
-    frames = [picture_grid(torch.cat(rows), len(rows[0]), ('decoded', 'blurred'), [label], side=160)
-              for *rows, label in zip(decoded, blurred, labels)]
+    titles = focus_labels(structure.radii, decoded, blurred)
+    frames = [picture_grid(torch.cat(rows), len(rows[0]), ('decoded', 'blurred'), [title], side=160)
+              for *rows, title in zip(decoded, blurred, titles)]
     save_gif(f'{out_dir}/focus.gif', frames)
     runtime.say(f'wrote {out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif: '
                 f'{name_classes(chosen, names)}')

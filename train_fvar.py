@@ -65,7 +65,7 @@ eval_every = 2000               # steps between validations
 eval_pictures = 1000              # held-out images per validation
 save_every = 2000               # steps between checkpoints
 save_seconds = 1800.0           # or seconds, whichever comes first; 0 counts steps only
-keep_best = False               # keep the student of the lowest held-out cross-entropy too, in student_best.pt
+keep_best = False               # also keep the student of the lowest held-out loss, in student_best.pt
 log_every = 20                  # steps between log lines
 log_to = ''                     # also log to tensorboard | wandb, if installed
 # system
@@ -175,7 +175,7 @@ def train_step(run, trained, step, batch):
     structure_tokens, alias_tokens, labels = batch
     numbers, student = runtime.sample_numbers(step, batch_size), run.network.student
     shape = (1 + 2 * len(student.blocks),)
-    uniform = runtime.random_numbers(torch.rand, shape, numbers, labels.device, seed, 4)
+    uniform = runtime.random_numbers(torch.rand, shape, numbers, labels.device, seed, 'dropout')
     labels = torch.where(uniform[:, 0] < class_dropout, student.num_classes, labels)
     inputs = run.structure.token_inputs(structure_tokens.split(student.lengths, 1))
     everything = labels, inputs, structure_tokens, alias_tokens, student.drop_path_mask(uniform[:, 1:])
@@ -225,7 +225,7 @@ def save(run, step, metrics, dataset, best=False):
 
 @torch.no_grad()
 def show_progress(run, step, row, num_classes):
-    """Adds a row to progress.png: one sample for each of the first eight classes, always of the same noise."""
+    """Adds a row to progress.png: a sample of each of the first eight classes, always of the same noise."""
     labels = torch.arange(min(8, num_classes), device=run.dev)
     noise = torch.Generator(run.dev).manual_seed(seed)
     with runtime.gathered(run.network), run.autocast():
@@ -274,8 +274,8 @@ def main():
     # device, data
     dev = runtime.start(device, seed)
     runtime.require_positive(config, 'steps', 'eval_every', 'eval_pictures', 'save_every', 'log_every')
-    if max(class_dropout, drop_path) > 1:
-        raise UserError(f'class_dropout={class_dropout}, drop_path={drop_path}: must be at most 1')
+    if class_dropout > 1:
+        raise UserError(f'class_dropout={class_dropout}: must be at most 1')
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
     tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
     structure, alias, _ = load_tokenizers(tokenizer_file, dev)

@@ -58,7 +58,7 @@ alias_res_blocks = 1            # residual blocks at each resolution
 # loss
 warm_start = 0                  # steps as a plain autoencoder; the codes then start on its features
 beta = 0.25                     # commitment weight of the VQ loss
-lambda_focus = 0.3              # weight of decoding one random focus state per step; it trains the decoder only
+lambda_focus = 0.3              # weight of decoding one random focus state per step, for the decoder only
 lambda_lpips = 0.0              # weight of LPIPS, which needs VGG weights on disk
 lambda_gan = 0.0                # weight of the PatchGAN, times VQGAN's adaptive factor
 gan_start = 0                   # first step with the discriminator
@@ -172,7 +172,7 @@ def forward(run, images, noise, step):
     """One pass of both tokenizers: (loss, its terms by name, what codebooks and discriminator learn from)."""
     structure, alias, state = run.structure, run.alias, None
     if pyramid == 'focus' and lambda_focus:
-        state = torch.randint(len(patch_nums) - 1, (1,), generator=runtime.generator(seed, step, 2)).item()
+        state = torch.randint(len(patch_nums) - 1, (1,), generator=runtime.generator(seed, 'state', step)).item()
     views = alias.views(images, noise)
     energy = runtime.all_reduce(torch.stack([view.square().mean() for view in views]), average=True)
     if step < warm_start:
@@ -207,7 +207,7 @@ def train_step(run, step, images):
     size = len(images) // grad_accum_steps
     terms, passes = {}, []
     for first in range(0, len(images), size):
-        noise = runtime.noise_of(numbers[first:first + size], images.device, seed, 1)
+        noise = runtime.noise_of(numbers[first:first + size], images.device, seed, 'noise')
         with run.autocast():
             loss, found, out = forward(run, images[first:first + size], noise, step)
         run.scaler.scale(loss / grad_accum_steps).backward()
@@ -258,7 +258,7 @@ def update_codebooks(run, passes, finite, step):
         if reseed:
             flat = [v.flatten(2).transpose(1, 2).contiguous() for v in per_map(vectors)]
             everywhere = [runtime.gather(v).flatten(0, 1) for v in flat]
-            codebook.reseed(everywhere, runtime.generator(seed, step, 31 + i), dead_below, finite)
+            codebook.reseed(everywhere, runtime.generator(seed, 'dead codes', i, step), dead_below, finite)
 
 
 def flops_per_image():

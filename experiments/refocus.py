@@ -66,7 +66,7 @@ def restore(student, structure, images, radius, noise, autocast):
     Wiener's filter knows the kernel and the noise; the student knows the radius, but no class.
     """
     dev, kernel = student.head.weight.device, structure.kernel
-    random, restored = runtime.generator(seed, 8), defaultdict(list)
+    random, restored = runtime.generator(seed, 'noise'), defaultdict(list)
     for part in images.split(batch_size or pictures_at_once(student)):
         x = normalize(runtime.to_device(part, dev))
         blurred = defocus(x, radius, kernel) + noise * torch.randn(x.shape, generator=random).to(dev)

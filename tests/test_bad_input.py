@@ -516,7 +516,7 @@ BAD = {
         'train_fvar',
         '--class_dropout=1.5',
         None,
-        'class_dropout=1.5, drop_path=-1.0: must be at most 1',
+        'class_dropout=1.5: must be at most 1',
     ),
     'heads that do not divide': (
         'train_fvar',

@@ -141,7 +141,7 @@ def test_a_row_of_tokens_is_what_the_tokenizers_make_of_that_crop(demo):
     for split, first in (('train', 0), ('train', 40), ('val', 8)):
         dataset = ImageFolder(demo.data, split, 32)
         crops, labels = zip(*(dataset[(i, i) if split == 'train' else i] for i in range(first, first + 8)))
-        images, noise = normalize(torch.stack(crops)), runtime.noise_of(range(first, first + 8), 'cpu', 0, split == 'train')
+        images, noise = normalize(torch.stack(crops)), runtime.noise_of(range(first, first + 8), 'cpu', 0, split)
         wanted = [torch.cat(tokenizer.encode(images, noise), 1) for tokenizer in (structure, alias)]
         found = TokenDataset(demo.out / 'tokens', split).batch(list(range(first, first + 8)))
         assert all(torch.equal(a, b) for a, b in zip(found, (*wanted, torch.tensor(labels))))

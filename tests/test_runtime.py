@@ -200,12 +200,12 @@ def test_a_precision_that_will_not_do_is_one_line(dtype, message):
     assert one_line(error)
 
 
-def test_a_generator_is_a_function_of_its_numbers():
+def test_a_generator_is_a_function_of_its_key():
     def draw(*numbers):
         return torch.rand(4, generator=runtime.generator(*numbers)).tolist()
 
     assert draw(0, 7) == draw(0, 7) == draw(torch.tensor(0), 7)
-    different = [(0, 7), (7, 0), (0, 8), (1, 7), (0,), (7,), (0, 7, 0), (), (-1,), (2 ** 70,)]
+    different = [(0, 7), (7, 0), (0, 8), (1, 7), (0,), (7,), (0, 7, 0), (), (-1,), (2 ** 70,), (0, '7'), (0, 'seven')]
     assert len({tuple(draw(*numbers)) for numbers in different}) == len(different)
 
 

@@ -179,7 +179,7 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
     cnn.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(cnn.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = runtime.generator(seed, 6)
+    generator = runtime.generator(seed, 6)                  # not a name: FD-cnn would change
     with runtime.progress(steps, label='cnn', images_per_step=batch) as bar:
         for _ in range(steps):
             picks = torch.randint(len(images), (batch,), generator=generator)

@@ -91,7 +91,7 @@ def read_folder(path, image_size, classes=()):
         pixels = np.array(open_photo(file, image_size))
         images[i:i + 1] = to_images(file, pixels[None], image_size)
     # sorted by name they would be in class order, which says nothing about how the samples were made
-    order = torch.randperm(len(files), generator=runtime.generator(0, 8))
+    order = torch.randperm(len(files), generator=runtime.generator('order of the files'))
     folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
     if not set(folders) <= set(classes):
         return images[order], None

@@ -255,15 +255,17 @@ def to_device(tensor, device):
 # -----------------------------------------------------------------------------
 # random numbers
 
-def seed_of(*numbers):
-    """A seed computed from some integers."""
-    digest = hashlib.sha256(repr(tuple(map(int, numbers))).encode()).digest()
-    return int.from_bytes(digest[:8], 'little') >> 1
+def seed_of(*key):
+    """A seed computed from integers and strings."""
+    key = tuple(part if isinstance(part, str) else int(part) for part in key)
+    digest = hashlib.sha256(repr(key).encode())
+    return int.from_bytes(digest.digest()[:8], 'little') >> 1
 
 
-def generator(*numbers):
-    """A CPU generator seeded from some integers, for example (seed, step): resuming needs no saved state."""
-    return torch.Generator().manual_seed(seed_of(*numbers))
+def generator(*key):
+    """A CPU generator seeded from integers and strings, for example (seed, 'order', step): what it is for has
+    a name, and resuming needs no saved state."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def sample_numbers(step, batch_size):
@@ -276,8 +278,8 @@ def sample_numbers(step, batch_size):
 def random_numbers(distribution, shape, numbers, device, *stream):
     """Random numbers (len(numbers), *shape) for the samples with these numbers, generated on the device.
 
-    distribution: torch.rand or torch.randn. A sample's random numbers depend only on the stream (integers)
-    and its number, so they are the same for any number of ranks or passes. Device types differ.
+    distribution: torch.rand or torch.randn. A sample's random numbers depend only on the stream (integers and
+    strings) and its number, so they are the same for any number of ranks or passes. Device types differ.
     """
     rng = torch.Generator(device)
     return torch.stack([distribution(shape, generator=rng.manual_seed(seed_of(*stream, n)), device=device)
