@@ -303,7 +303,7 @@ def save_pictures(structure, images, path):
     decoded = structure.decode_states(structure.encode(images))
     rows = torch.stack([torch.stack(wanted), torch.stack(decoded)]).permute(2, 0, 1, 3, 4, 5)
     save_png(path, picture_grid(rows.flatten(0, 2), len(wanted), ('blurred', 'decoded') * len(images),
-                                focus_labels(structure.radii, decoded, wanted), side=96))
+                                focus_labels(structure.radii, decoded, wanted), side=112))
 
 
 # -----------------------------------------------------------------------------

@@ -27,9 +27,9 @@ CHARTS_CONFIG = HERE / 'config' / 'charts.py'
 # the demo with smaller pictures, three token maps and networks of a few thousand weights
 STAGE1 = dict(image_size=24, patch_nums=(2, 3, 6), channels=8, channel_mult=(1, 1, 1), vocab_size=32, codebook_dim=8,
               alias_vocab_size=16, alias_codebook_dim=4, steps=12, warm_start=3, batch_size=4, warmup=2, reseed_every=4,
-              eval_images=8, log_every=1, dtype='float32', device='cpu')
+              eval_images=8, log_every=1, optimizer='adamw', dtype='float32', device='cpu')
 STAGE2 = dict(depth=2, embed_dim=32, num_heads=2, drop_path=0.2, lambda_feat=0.7, distill_warmup=4, steps=12, batch_size=8, warmup=2,
-              eval_pictures=20, log_every=1, dtype='float32', device='cpu')
+              eval_pictures=20, log_every=1, optimizer='adamw', dtype='float32', device='cpu')
 GAN = dict(lambda_gan=0.5, gan_start=2, gan_channels=8)
 
 

@@ -179,8 +179,9 @@ def focus_labels(radii, decoded, blurred):
 
     decoded and blurred: per map, images (B, 3, S, S).
     """
-    return [f'k={k}  blur {radius:.2g}\n{psnr(*pair):.1f} dB'
-            for k, (radius, pair) in enumerate(zip(radii, zip(decoded, blurred)), start=1)]
+    decibels = [f'{psnr(*pair):.1f} dB' for pair in zip(decoded, blurred)]
+    return [f'k={k}, blur {radius:.2g} px\n{"the same" if label == "inf dB" else label}'
+            for k, (radius, label) in enumerate(zip(radii, decibels), start=1)]
 
 
 def add_row(path, row, images, name):
