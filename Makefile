@@ -53,7 +53,10 @@ ablation: $(VENV)/installed
 
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
-	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/focus.gif figures/
+	$(call run,sample)
+	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/progress.png figures/
+	$(call run,sample) --classes=0,1,7,8,9
+	cp $(OUT)/focus.gif figures/
 	$(call run,sample) --per_class=6 --edit=checkerboard --mask=8,8,24,24
 	cp $(OUT)/edit.png figures/inpainting.png
 	$(call run,sample) --per_class=6 --edit=slanted_edge --mask=0,0,16,32 --class=7

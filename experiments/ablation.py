@@ -76,7 +76,6 @@ TABLE_4 = {
     'focus_schedule=states': 'schedule "states"',
     'focus_schedule=cosine': 'schedule "cosine"',
     'max_radius=12': "the paper's blur radius",
-    'lambda_focus=0.1': '5 × focus loss',
     'lambda_focus=0': 'no focus loss',
     'alias_scales=1': '1 alias scale',
     'alias_scales=3': '3 alias scales',
