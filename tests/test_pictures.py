@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw
 from configurator import UserError
 from util import pictures
 from util.pictures import (
-    font_for, fonts, legible, load_mask, load_photo, picture_grid, save_gif, save_png, to_picture,
+    add_row, focus_labels, font_for, fonts, legible, load_mask, load_photo, picture_grid, plot_losses, save_gif,
+    save_png, to_picture,
 )
 
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'gray': (128, 128, 128)}
@@ -236,3 +237,29 @@ def test_a_mask_that_is_white_beside_the_centre_square_alone_covers_nothing(tmp_
     mask.save(tmp_path / 'mask.png')
     with pytest.raises(UserError, match="mask.png: covers nothing of the photo.s centre square"):
         load_mask(f'{tmp_path}/mask.png', f'{tmp_path}/photo.png', 32)
+
+
+# -----------------------------------------------------------------------------
+# what training shows
+
+def test_focus_states_are_labelled_with_their_blur_and_their_distance_from_it():
+    blurred = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)]
+    assert focus_labels([4.0, 0.0], [blurred[0] + 0.2, blurred[1]], blurred) == [
+        'k=1, blur 4 px\n20.0 dB', 'k=2, blur 0 px\nthe same']
+
+
+def test_a_row_goes_below_the_earlier_ones_and_in_place_of_later_ones(tmp_path):
+    path = tmp_path / 'rows.png'
+    for row, level in enumerate((-1.0, 0.0, 1.0)):
+        add_row(path, row, torch.full((2, 3, 8, 8), level), f'step {10 ** row}')
+    add_row(path, 1, torch.full((2, 3, 8, 8), -1.0), 'step 7')             # the run was resumed before row 1
+    picture = np.asarray(Image.open(path).convert('L'))
+    assert picture.shape[0] == 2 * 64 + 2 and (picture[:64, -64:] < 2).all() and (picture[66:, -64:] < 2).all()
+
+
+def test_loss_curves_are_drawn_of_what_the_log_has(tmp_path):
+    pytest.importorskip('matplotlib')
+    log = tmp_path / 'fvar.jsonl'
+    log.write_text('{"step": 0, "ce": 3.0}\n{"step": 9, "ce": null}\n{"step": 9, "val_ce": 2.5}\n')
+    plot_losses(log, tmp_path / 'loss.png', ('ce', 'val_ce', 'teacher_ce'))
+    assert Image.open(tmp_path / 'loss.png').size == (800, 500)
