@@ -236,7 +236,9 @@ def show_progress(run, step, row, num_classes):
 
 def validate(run, step, train, held_out, batch_size, log):
     """Metrics of the held-out images, which are logged, said and shown in progress.png."""
-    earlier = [record['val_ce'] for record in read_log(log.path) if 'val_ce' in record]
+    # by step, because another rank may have logged this validation already
+    earlier = [record['val_ce'] for record in read_log(log.path)
+               if record.get('val_ce') is not None and record['step'] < step - 1]
     batches = held_out_batches(held_out, batch_size)
     metrics = held_out_loss(run.network, run.structure, batches, run.dev, run.autocast)
     log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
