@@ -172,7 +172,8 @@ def forward(run, images, noise, step):
     """One pass of both tokenizers: (loss, its terms by name, what codebooks and discriminator learn from)."""
     structure, alias, state = run.structure, run.alias, None
     if pyramid == 'focus' and lambda_focus:
-        state = torch.randint(len(patch_nums) - 1, (1,), generator=runtime.generator(seed, 'state', step)).item()
+        generator = runtime.generator(seed, 'state', step)
+        state = torch.randint(len(patch_nums) - 1, (1,), generator=generator).item()
     views = alias.views(images, noise)
     energy = runtime.all_reduce(torch.stack([view.square().mean() for view in views]), average=True)
     if step < warm_start:
