@@ -562,10 +562,6 @@ class AliasTokenizer(nn.Module):
         views = self.normalised(self.views(images, generator))
         return [self.codebook.nearest(self.features(view)) for view in views]
 
-    def focus_states(self, images):
-        """What the states should decode to: F_ρk(x) of images (B, 3, S, S) for every token map k."""
-        return [defocus(images, radius, self.kernel) for radius in self.radii]
-
     @torch.no_grad()
     def decode(self, tokens):
         """Alias token maps → the views Â_k in image units."""

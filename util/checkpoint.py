@@ -303,10 +303,10 @@ class Log:
     """
 
     def __init__(self, path, first_step=0, to='', config={}):
-        self.file, self.path = None, Path(path)
+        path = Path(path)
+        self.file, self.path = None, path
         if rank() != 0:
             return
-        path = self.path
         self.show = open_writer(to, path, first_step, config)
         kept = [record for record in read_log(path) if record['step'] < first_step]
         with atomic_write(path, 'w') as file:
