@@ -82,7 +82,8 @@ TABLE_4 = {
     'teacher_blocks=2': '2 teacher blocks',
     'shared_blocks=0': 'separate teacher network',
     'lambda_feat=1': "10 × feature loss (the paper's weight)",
-    'lambda_feat=0': 'no feature loss (KL only)'
+    'lambda_feat=0': 'no feature loss (KL only)',
+    'lambda_logit=2': '4 × KL loss'
 }
 # Students are also sampled with the published setting, and with more guidance and more variety: the ranking
 # of the rows may depend on it.

@@ -20,11 +20,11 @@ from experiments import ablation
 # the only settings that rows may change: budget, networks and token maps are the same
 MAY_DIFFER = {
     'pyramid', 'kernel', 'dual', 'focus_input', 'focus_schedule', 'max_radius', 'distill', 'alias_scales',
-    'teacher_blocks', 'shared_blocks', 'lambda_feat', 'lambda_focus',
+    'teacher_blocks', 'shared_blocks', 'lambda_feat', 'lambda_focus', 'lambda_logit',
 }
 SAME_STAGE_1 = {
     'full', 'no_teacher', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0',
-    'lambda_feat=1', 'lambda_feat=0',
+    'lambda_feat=1', 'lambda_feat=0', 'lambda_logit=2',
 }
 ROWS = [*ablation.TABLE_3, *ablation.TABLE_4]
 parsed_once = functools.cache(configurator.settings_of_all_scripts)
