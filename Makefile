@@ -10,6 +10,7 @@ help:
 	@echo 'make test       runs the tests (make coverage also counts the lines they reach, and takes longer)'
 	@echo 'make figures    redraws the pictures of the README from what the demo (and the ablation) trained'
 	@echo 'make ablation   trains the rows of Tables 3 and 4 at desk scale: hours, in pieces that resume'
+	@echo 'make results    writes the tables of README.md and RESULTS.md from results/*.json'
 	@echo 'make chaos      kills every long stage at random moments, restarts it, and compares with an undisturbed run'
 	@echo 'make rehearsal  runs the protocol of the README on two CPU processes, shrunk, with stops and resumes'
 	@echo 'make growth     computes memory, FLOPs and hours of every configuration on eight A100'
@@ -51,6 +52,9 @@ growth: $(VENV)/installed
 ablation: $(VENV)/installed
 	$(python) -m experiments.ablation --processes=2
 
+results: $(VENV)/installed
+	$(python) -m experiments.results
+
 figures: $(VENV)/installed
 	$(python) pyramid.py siemens_star --out=figures/pyramid.png
 	$(call run,sample)
@@ -71,4 +75,4 @@ figures: $(VENV)/installed
 clean:
 	rm -rf $(OUT)
 
-.PHONY: help demo test coverage chaos rehearsal growth lint ablation figures clean
+.PHONY: help demo test coverage chaos rehearsal growth lint ablation results figures clean

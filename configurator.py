@@ -124,7 +124,7 @@ def unknown(name, known, where):
 
 
 def read_config_file(path, script, settings):
-    """Runs a config file and returns the values it sets for this script. A UserError names the wrong line."""
+    """Runs a config file and returns the values it sets for this script. UserError names the bad line."""
     path = str(path)
     if not Path(path).is_file():
         raise UserError(f'{path}: no such config file')

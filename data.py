@@ -86,8 +86,8 @@ def report_left_out(folder, files):
     """Says in one line how many files of a folder are not used."""
     if files:
         kinds = Counter(os.path.splitext(file)[1].lower() for file in files)
-        runtime.say(f'warning: {folder!a}: left out {len(files)} files that are no pictures or in no class '
-                    f'folder, mostly {dict(kinds.most_common(3))!a}')
+        runtime.say(f'warning: {folder!a}: left out {len(files)} files that are not pictures or not in a '
+                    f'class folder, mostly {dict(kinds.most_common(3))!a}')
 
 
 def check_ranks_agree(what, texts):

@@ -1,6 +1,6 @@
 """Editing and refocusing photos with a trained student: no further training, no teacher.
 
-The tokenizer's encoder turns the photo into tokens. Some of them are kept, the student samples the others.
+The tokenizer's encoder turns the photo into tokens. Some of them are kept; the student samples the others.
 Inpainting, outpainting and class-conditional editing differ only in the mask and the label. Refocusing keeps
 the first maps whole, because a photo that is out of focus *is* a focus state. Images are (B, 3, S, S) in
 [−1, 1]; radii are in pixels of that grid.
@@ -70,7 +70,10 @@ def edit(student, tokenizer, photo, mask, labels, **sampling):
 # refocusing
 
 def known_states(radii, radius):
-    """Radii of the focus states that follow from a photo with this blur: those blurred at least as much."""
+    """Radii of the focus states that follow from a photo with this blur: those blurred at least as much.
+
+    Raises UserError if there are none, or if the radius (pixels) is not above 0.5 and at most radii[0].
+    """
     if max(radii) == 0:
         raise UserError('this tokenizer has no focus states (pyramid=scale, or no kernel), so it cannot '
                         'refocus; use one trained for next-focus prediction')
@@ -85,7 +88,7 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
 
     The photo is blurred further to every state it determines (squared radii of successive blurs add, as
     variances do) and tokenized that far; the student samples the remaining maps. consistent() then restores
-    what the blur left; noise is its setting, and 0 skips it. labels (B,) and sampling: as in edit(). Raises
+    what the blur preserved; `noise` is for it, 0 skips it. labels (B,) and sampling: as in edit(). Raises
     UserError if the radius is outside the tokenizer's focus states, or if it has none.
     """
     known = known_states(tokenizer.radii, radius)
@@ -100,7 +103,7 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
 
 
 def consistent(images, blurred, radius, kernel='disk', noise=1e-3):
-    """x + W(blurred − F_ρ(x)) with Wiener's filter W, for the student's image x.
+    """x + W(blurred − F_ρ(x)) with Wiener's filter W, clamped to [−1, 1], for the student's images x.
 
     What the blur has kept comes from the photo, which says more than the few tokens of its focus state; the
     rest stays the student's.
@@ -112,8 +115,9 @@ def consistent(images, blurred, radius, kernel='disk', noise=1e-3):
 def wiener(images, radius, kernel='disk', noise=1e-3):
     """Wiener deconvolution H* / (|H|² + noise) with the known PSF.
 
-    noise: power of the noise relative to the picture's. Works on the picture mirrored at its borders, where
-    defocus() is exactly a multiplication by H. The mean is left alone.
+    images (B, 3, S, S); radius in pixels; noise: power of the noise relative to the picture's, above 0. Works
+    on the picture mirrored at its borders, where defocus() is exactly a multiplication by H. The mean is left
+    alone.
     """
     S = images.shape[-1]
     mean = images.mean((2, 3), keepdim=True)

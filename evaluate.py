@@ -60,7 +60,7 @@ tokens = ''                     # folder with encode.py's token files (default: 
 # real images
 data = ''                       # images (default: the tokenizer's training data)
 reference = 'train'             # measure distances to: train | val | folder | .npz of images or statistics
-real_images = 12_000            # images per split at most, equally many per class, in memory; 0: all
+real_images = 12_000            # at most this many per split, spread over the classes; 0: all
 workers = 0                     # processes that decode the images of a folder
 # generated images, with VAR's defaults
 samples = ''                    # folder of PNGs (class folders or flat) or .npz (default: sample now)
@@ -183,7 +183,7 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 
 @torch.no_grad()
 def tokenizer_metrics(structure, images, autocast):
-    """PSNR (dB), SSIM and perplexity of uint8 images under the tokenizer, and their reconstructions."""
+    """PSNR (dB) and SSIM of uint8 images, the perplexity in training; and their reconstructions."""
     codebook = structure.quantizer.codebook
     psnr_sum, ssim_sum, decoded = 0.0, 0.0, []
     for batch in images.split(batch_size or 50):

@@ -105,7 +105,7 @@ class Block(nn.Module):
     """x + γ₁·attention(AdaLN(x)), then x + γ₂·MLP(AdaLN(x)). The class sets γ, scale and shift.
 
     With shared_aln (VAR's 512-px model) one projection serves all blocks, and each block adds its own offset.
-    A teacher's block has AG-XAttn, `alias_attention`, between the two.
+    A teacher's last blocks have AG-XAttn, `alias_attention`, between the two.
     """
 
     def __init__(self, embed_dim, num_heads, mlp_ratio, qk_norm, shared_aln):
@@ -171,7 +171,7 @@ class VAR(nn.Module):
     """Class-conditional transformer over the token maps r_1 … r_K; the deployed network.
 
     num_classes is also the label for "no class". By default embed_dim is 64·depth and num_heads is depth.
-    drop_path: stochastic depth of the last block, growing linearly from 0. −1 means VAR's 0.1·depth/24.
+    drop_path: drop rate of the last block, growing linearly from 0. −1 means VAR's 0.1·depth/24.
     """
 
     def __init__(self, patch_nums, vocab_size=8192, codebook_dim=32, num_classes=1000, depth=16, embed_dim=0,
@@ -467,7 +467,7 @@ class Teacher(nn.Module):
 
     It reads the student's trunk (detached) after `shared_blocks` blocks and owns copies of the other blocks
     and of the head. Its last `teacher_blocks` blocks have AG-XAttn. shared_blocks = −1 means all but those;
-    0 is a complete second network. Structure positions of the last `alias_scales` maps query the alias
+    0: all its blocks are copies. Structure positions of the last `alias_scales` maps query the alias
     tokens of maps K − alias_scales … K − 1; map k sees alias maps ≤ k. Only there does the teacher know
     more than the student, so it predicts only there.
     """
@@ -554,6 +554,7 @@ class FVAR(nn.Module):
                 distill_weight=1.0):
         """The loss terms by name: 'total' is their weighted sum, 'per_map' (K,) the student's CE per map.
 
+        Always 'ce'; with a teacher also 'teacher_ce', 'feature' and 'kl'.
         labels (B,), num_classes where the class is dropped; inputs from token_inputs; structure_tokens (B, L)
         and alias_tokens (B, La) int64; distill_weight in [0, 1] scales both distillation terms.
         Cross-entropies are in nats per token.
@@ -582,7 +583,8 @@ class FVAR(nn.Module):
 def held_out_loss(network, tokenizer, batches, device, autocast):
     """Loss terms of an FVAR averaged over images, with 'ce_per_map' (a list) and 'bits_per_image'.
 
-    batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)). Nothing is dropped.
+    In nats per token. batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)); autocast
+    is a context factory. Nothing is dropped, and the network stays in eval mode.
     """
     network.eval()
     sums, count = {}, 0

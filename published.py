@@ -75,7 +75,7 @@ class Published(dict):
             super().__init__((re.sub(r'\b(module|_orig_mod)\.', '', name), weight)
                              for name, weight in state_dict.items())
         if known not in self:
-            raise UserError(f'this is no published VAR {what} (it has no {known})')
+            raise UserError(f'this is not a published VAR {what} (it has no {known})')
 
     def __missing__(self, name):
         raise UserError(f'this state dict is incomplete, or not as VAR publishes it: {name} is missing')
@@ -100,7 +100,7 @@ PUBLISHED_PATCH_NUMS = ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13
 
 
 def sizes_of(patch_nums):
-    """(token maps, tokens), which a transformer's weights tell."""
+    """(number of token maps, of tokens), which a transformer's weights reveal."""
     return len(patch_nums), sum(p * p for p in patch_nums)
 
 
@@ -134,6 +134,7 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=None):
 
 
 def load_official_tokenizer(vae_state_dict, patch_nums):
+    """A StructureTokenizer in eval mode from VAR's VQ-VAE. Raises UserError if these are other weights."""
     vae = published_vae(vae_state_dict)
     vocab_size, codebook_dim = vae['quantize.embedding.weight'].shape
     channels = len(vae['encoder.conv_in.weight'])
@@ -159,12 +160,16 @@ def fill_official_tokenizer(tokenizer, vae_state_dict):
 
 
 def load_official_student(var_state_dict, patch_nums, num_heads=None):
+    """A student in eval mode from VAR's transformer. Raises UserError for other weights or token maps.
+
+    num_heads: needed only if the weights do not tell and it is not the depth.
+    """
     var = published_var(var_state_dict)
     maps = len(var['lvl_embed.weight'])
     tokens = var['pos_1LC'].shape[1]
     if (maps, tokens) != sizes_of(patch_nums) or var['pos_start'].shape[1] != patch_nums[0] ** 2:
         wanted_maps, wanted_tokens = sizes_of(patch_nums)
-        raise UserError(f'this transformer has {maps} token maps with {tokens} tokens, '
+        raise UserError(f'this transformer has {maps} token maps with {tokens} tokens, but '
                         f'patch_nums={tuple(patch_nums)} has {wanted_maps} with {wanted_tokens}: give the '
                         'patch_nums it was trained with')
     embed_dim, codebook_dim = var['word_embed.weight'].shape
@@ -188,7 +193,7 @@ def load_renamed(module, published, published_name, what):
     missing = [name for name in name_of.values() if name not in published]
     if unknown or missing:
         problem = f'{missing[0]} is missing' if missing else f'unknown {unknown[0]}'
-        raise UserError(f'this is no {what} as VAR publishes it: {problem}')
+        raise UserError(f'this is not a {what} as VAR publishes it: {problem}')
     weights = {name: published[theirs] for name, theirs in name_of.items()}
     load_weights(module, weights, f'the published {what}')
 

@@ -26,7 +26,7 @@ from configurator import UserError, configure
 photo = ''                                      # the photo, or the name of an embedded chart
 out = 'pyramid.png'                             # where the picture goes
 image_size = 256                                # the photo is cropped to a square and resized to this side
-blur = 0.0                                      # write the photo under a blur of this radius (pixels) instead
+blur = 0.0                                      # instead, write the photo blurred by this radius (pixels)
 # pyramid
 patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # p_k: side of each token map; image_size / p_K must be whole
 focus_schedule = 'matched'                      # matched | states | cosine: see focus_radii
@@ -109,7 +109,7 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
 def reflect_pad(images, margin):
     if margin >= images.shape[-1]:
         side = images.shape[-1]
-        raise UserError(f'a blur of {margin} pixels does not fit an image of {side}: lower max_radius')
+        raise UserError(f'a blur of {margin} pixels does not fit an image of {side}: lower the radius')
     return F.pad(images, (margin,) * 4, mode='reflect') if margin else images
 
 

@@ -19,7 +19,7 @@ student's image size; pixels are counted in that square.
 --num_samples follows VAR's protocol: equally many samples per class, shuffled, as uint8 NHWC in arr_0 of an
 .npz, with the classes in arr_1 and the settings in made_with. A sample's random numbers depend only on the
 seed and on its position in the file, so the number of processes does not change it. Another --batch_size, GPU
-or version of torch may add up in another order and change the last bits, which now and then changes a token.
+or version of torch may sum in another order and change the last bits, which occasionally changes a token.
 To continue an interrupted run, repeat the command.
 """
 import json
@@ -91,7 +91,7 @@ def check_settings():
         raise UserError('--class=NUMBER goes with --edit and --refocus; these and --num_samples take '
                         'no --classes')
     if out and (not num_samples or not out.endswith('.npz') or os.path.isdir(out)):
-        raise UserError(f'--out={out}: give --num_samples=NUMBER, and as --out a file that ends in .npz')
+        raise UserError(f'--out={out}: needs --num_samples=NUMBER and a file name ending in .npz')
     if runtime.world_size() > 1 and not num_samples:
         raise UserError('only --num_samples runs on several processes: start with python, not with torchrun')
 
@@ -128,7 +128,7 @@ def sample_classes(structure, student, chosen, names, autocast, dev):
     grid = picture_grid(torch.cat(images), per_class, row_names)
     save_png(f'{out_dir}/samples.png', grid)
 
-    # the first picture of up to five classes as its maps are decoded, above the finished picture, blurred
+    # for up to five classes: the first picture, map by map, above the finished one, blurred to match
     first = slice(0, 5 * per_class, per_class)
     decoded = structure.decode_states([torch.cat(maps)[first] for maps in zip(*tokens)])
     blurred = structure.focus_states(torch.cat(images)[first])

@@ -234,7 +234,7 @@ class Codebook(nn.Embedding):
     def reseed(self, vectors, generator, threshold, finite=True):
         """Moves dead codes (used less than `threshold` times the average) onto vectors. Returns how many.
 
-        vectors: per token map, (n_k, C) that had to be quantized. A map is chosen first, then one of its
+        vectors: per token map, the (n_k, C) quantizer inputs. A map is chosen first, then one of its
         vectors, so the few tokens of coarse maps get codes too. Every code, dead or not, is given a vector,
         so no GPU has to be asked which are dead. Nothing changes if `finite` is false.
         """
@@ -341,7 +341,7 @@ class StructureTokenizer(nn.Module):
     """Q_L: images → token maps r_1 … r_K, and back. Every prefix of the maps decodes to a focus state.
 
     pyramid      'focus', or 'scale': VAR's tokenizer, with all radii zero and VAR's own VQ loss
-                 (kernel='none' only sets the radii to zero)
+                 (kernel='none' only drops blur and noise)
     focus_input  'image': defocus the full-size image and pool its features; 'view': encode L_k itself (Eq. 3)
     kernel, focus_schedule, max_radius   see pyramid.py
     noise        β_1 and β_K of Eq. 3. With focus_input='image' it is added at full size, so Q_L and Q_A see
@@ -466,7 +466,7 @@ class StructureTokenizer(nn.Module):
 
         decoded = straight_through(states[-1], bicubic(features[-1], p_K))
         if state is not None:
-            # detached: the decoder learns to show a state; codes and encoder serve the final picture alone
+            # detached: only the decoder learns from this state, not the codes or the encoder
             decoded = torch.cat([decoded, states[state].detach()])
         picture, *others = self.decode_features(decoded).split(len(images))
         state_picture = others[0] if others else None

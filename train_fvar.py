@@ -40,11 +40,11 @@ num_heads = 0                   # attention heads; 0 means depth
 mlp_ratio = 4.0                 # width of the MLP relative to embed_dim
 qk_norm = True                  # unit queries and keys with learned temperatures
 shared_aln = False              # one AdaLN projection for all blocks (VAR's 512-px model)
-drop_path = -1.0                # stochastic depth of the last block; −1 means VAR's 0.1·depth/24
+drop_path = -1.0                # drop rate of the last block; −1 means VAR's 0.1·depth/24
 class_dropout = 0.1             # fraction of labels replaced by "no class", for guidance
 # teacher and distillation
 distill = True                  # False: no teacher, the student alone
-alias_scales = 2                # the last M token maps, which see alias tokens
+alias_scales = 2                # how many of the last token maps see alias tokens
 teacher_blocks = 2              # blocks with Alias-Gate Cross-Attention
 shared_blocks = -1              # blocks shared with the student; −1: all but teacher_blocks, 0: none
 lambda_feat = 1.0               # weight of the feature term (paper)
@@ -62,7 +62,7 @@ weight_decay = 0.05             # on the weights of linear layers only
 grad_clip = 2.0                 # maximum gradient norm of student and of teacher
 # bookkeeping
 eval_every = 2000               # steps between validations
-eval_pictures = 1000              # held-out images per validation
+eval_pictures = 1000            # held-out images per validation
 save_every = 2000               # steps between checkpoints
 save_seconds = 1800.0           # or seconds, whichever comes first; 0 counts steps only
 keep_best = False               # also keep the student of the lowest held-out loss, in student_best.pt
@@ -77,20 +77,20 @@ dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # determines everything random
 config = configure(globals())
 
-# what a resumed run cannot change: which parameters and averages there are, and which images each step sees
+# what a resumed run cannot change: parameters, optimizer state, and which images each step sees
 FIXED = (
     'depth', 'embed_dim', 'num_heads', 'mlp_ratio', 'qk_norm', 'shared_aln', 'distill', 'alias_scales',
     'teacher_blocks', 'shared_blocks', 'optimizer', 'batch_size', 'seed')
 
 
 def training_batches(dataset, step):
-    """Endless (structure tokens (b, L), alias tokens (b, La), labels (b,)) of this rank, from a step on."""
+    """Endless (structure tokens (b, L), alias tokens (b, La), labels (b,)) of this rank, from `step` on."""
     for keys in endless_keys(len(dataset), batch_size, seed, step):
         yield dataset.batch(np.array([index for index, _ in keys]))
 
 
 def held_out_batches(dataset, size):
-    """At most eval_pictures rows, evenly spaced, because rows are ordered by class."""
+    """Batches of at most eval_pictures rows in all, evenly spaced, because rows are ordered by class."""
     rows = np.linspace(0, len(dataset) - 1, min(eval_pictures, len(dataset))).astype(int)
     for start in range(0, len(rows), size):
         yield dataset.batch(rows[start:start + size])
@@ -119,8 +119,8 @@ def build_network(structure, alias, num_classes, dev, fill=None):
 def start_from(student, structure, classes):
     """Fills the student from init_from, a student.pt or a published transformer.
 
-    classes: names of the data's. Classes that a student.pt knows by name keep their embeddings, others start
-    anew. Published weights have no names: if there are as many, they go by number.
+    classes: the data's class names. Those that a student.pt knows keep their embeddings, others start anew.
+    Published weights have no class names: if the counts agree, classes match by number.
     """
     if not os.path.isfile(init_from):
         raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
@@ -164,7 +164,7 @@ def set_up(dev, structure, alias, num_classes, fill=None):
 
 
 def muon_weights(network):
-    """The matrices that optimizer='muon' trains: those of the blocks but AdaLN's."""
+    """The matrices that optimizer='muon' trains: those of the blocks, except AdaLN's."""
     return [parameter for block in blocks_of(network) for name, parameter in block.named_parameters()
             if parameter.ndim == 2 and not name.startswith('ada.')]
 
@@ -225,7 +225,7 @@ def save(run, step, metrics, dataset, best=False):
 
 @torch.no_grad()
 def show_progress(run, step, row, num_classes):
-    """Adds a row to progress.png: a sample of each of the first eight classes, always of the same noise."""
+    """Adds a row to progress.png: a sample of each of the first eight classes, from fixed noise."""
     labels = torch.arange(min(8, num_classes), device=run.dev)
     noise = torch.Generator(run.dev).manual_seed(seed)
     with runtime.gathered(run.network), run.autocast():
@@ -235,7 +235,7 @@ def show_progress(run, step, row, num_classes):
 
 
 def validate(run, step, train, held_out, batch_size, log):
-    """Metrics of the held-out images, which are logged, said and shown in progress.png."""
+    """Logs, prints and returns the held-out metrics; adds a row of samples to progress.png."""
     # by step, because another rank may have logged this validation already
     earlier = [record['val_ce'] for record in read_log(log.path)
                if record.get('val_ce') is not None and record['step'] < step - 1]
@@ -248,7 +248,7 @@ def validate(run, step, train, held_out, batch_size, log):
                 + ('; teacher {teacher_ce:.3f}, kl {kl:.4f}'.format(**metrics) if distill else ''))
     lowest = min(earlier, default=math.inf)
     if metrics['ce'] > lowest and lowest == earlier[-1] and earlier == sorted(earlier, reverse=True):
-        runtime.say(f'note: it was {lowest:.3f} before and rises now, so the student overfits; '
+        runtime.say(f'note: it was {lowest:.3f} and is now rising, so the student is overfitting; '
                     'keep_best=True keeps the best one')
     if keep_best and metrics['ce'] < lowest:
         save(run, step, metrics, train, best=True)
@@ -305,7 +305,7 @@ def main():
 
 
 def training_loop(run, step, metrics, train, held_out, batch_per_pass):
-    """Trains from a step on, with logs, validations and checkpoints; metrics: of the last validation."""
+    """Trains from `step` on, with logs, validations and checkpoints; metrics: of the last validation."""
     trained = runtime.parallel(run.network)
     log = Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
     bar = runtime.progress(steps, step, 'fvar' if distill else 'var', images_per_step=batch_size)

@@ -56,9 +56,9 @@ alias_codebook_dim = 8          # numbers per code
 alias_channels = 64             # width at full resolution; alias is sparse, so a small network will do
 alias_res_blocks = 1            # residual blocks at each resolution
 # loss
-warm_start = 0                  # steps as a plain autoencoder; the codes then start on its features
+warm_start = 0                  # first steps, as a plain autoencoder; its features then seed the codes
 beta = 0.25                     # commitment weight of the VQ loss
-lambda_focus = 0.3              # weight of decoding one random focus state per step, for the decoder only
+lambda_focus = 0.3              # weight of one random focus state per step; trains the decoder only
 lambda_lpips = 0.0              # weight of LPIPS, which needs VGG weights on disk
 lambda_gan = 0.0                # weight of the PatchGAN, times VQGAN's adaptive factor
 gan_start = 0                   # first step with the discriminator
@@ -273,8 +273,8 @@ def flops_per_image():
 
 @torch.no_grad()
 def validate(structure, alias, images, batch, dev):
-    """Metrics of held-out uint8 images: PSNR of the picture and of every focus state (dB), perplexity per
-    token map, and the fraction of the alias energy that Q_A fails to reproduce (0 for an empty view)."""
+    """Metrics of held-out uint8 images: PSNR of the picture and of every focus state (dB), codes used, and
+    the fraction of alias energy that Q_A misses (0 for an empty view). Perplexity is that of training."""
     sums, hits, K = 0, 0, len(structure.patch_nums)
     for part in images.split(batch):
         x = normalize(runtime.to_device(part, dev))
@@ -293,7 +293,7 @@ def validate(structure, alias, images, batch, dev):
 
 
 def collapsed(perplexity):
-    """Numbers of the token maps whose perplexity is below 2, or below 1 % of the codes they could use."""
+    """Which token maps (from 1) have a perplexity below 2, or below 1 % of the codes they could use."""
     usable = [min(batch_size * p * p, vocab_size) for p in patch_nums]
     return [k for k, (p, n) in enumerate(zip(perplexity, usable), start=1) if p < max(2, 0.01 * n)]
 
@@ -400,7 +400,7 @@ def main():
 
 
 def training_loop(run, step, metrics, train, validation, batch_per_pass):
-    """Trains from a step on, with logs, validations and checkpoints; metrics: of the last validation."""
+    """Trains from `step` on, with logs, validations and checkpoints; metrics: of the last validation."""
     if steps == 0:
         save(run, step, metrics, train.classes)
     log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
@@ -439,14 +439,14 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
 
 
 def describe(run, dataset):
-    """Says what is trained on what."""
+    """Prints model sizes, data and radii."""
     radii = run.structure.radii
     runtime.say(f'structure tokenizer {runtime.millions(run.structure)}, alias tokenizer '
                 f'{runtime.millions(run.alias)}, {len(dataset)} images of {len(dataset.classes)} classes, '
                 f'radii {brief(radii, ".2g")}')
     sharp = [k for k, r in enumerate(radii[:-1], start=1) if psf(r, run.structure.kernel).numel() == 1]
     if sharp and max(radii):
-        runtime.say(f'note: half a pixel of blur is none, so token maps {sharp} have no alias for a teacher '
+        runtime.say(f'note: blur of ≤ ½ pixel is no blur, so token maps {sharp} have no alias for a teacher '
                     'to see; raise max_radius to change that')
 
 

@@ -2,17 +2,16 @@
 
     python -m experiments.ablation --processes=2    # everything; the same command continues after a stop
     python -m experiments.ablation --rows=var,full --seeds=2 --steps=400 --minutes=30 --results=quick.json
-    python -m experiments.ablation --data=DIR --vocab_size=1024 --tokenizer_steps=2500 --cnn_steps=2000 \\
+    python -m experiments.ablation --data=DIR --vocab_size=1024 --tokenizer_steps=1200 --cnn_steps=2000 \\
         --out_dir=out-photos --results=results/ablation_photos.json         # photographs
-    python -m experiments.ablation --table          # the results so far, as Markdown tables
-    python -m experiments.ablation --figures        # VAR and FVAR in two pictures beside the results
+    python -m experiments.ablation --figures        # pictures of VAR and FVAR beside the results
 
 Each row and seed trains tokenizers, encodes the data, trains a student, and evaluates it under three sampling
 settings. Every stage runs in a folder named after its own settings and those of the stages before it. So rows
 with the same stage 1 share it, and a changed setting repeats only what depends on it. SCRIPT.done marks a
 finished stage; SCRIPT.log holds its output.
 
-All rows start from config/desk.py and the settings below; config/ablation/ and TABLE_4 list the differences.
+All rows start from config/desk.py and the settings below; config/ablation/ and VARIATIONS change them.
 """
 import hashlib
 import json
@@ -26,7 +25,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 
@@ -38,13 +36,13 @@ from configurator import HERE, UserError, configure, parse_value, read_config_fi
 from data import normalize, open_dataset, sample_generators
 from published import load_deployed
 from util import runtime
-from util.checkpoint import read_json, read_log, write_json
+from util.checkpoint import read_json, write_json
 from util.picture_sets import load_images
 from util.pictures import picture_grid, save_png
 
 # input and output
 out_dir = 'out-ablation'        # folder for tokenizers, token files, students and evaluations
-results = 'results/ablation_charts.json'    # the results; --table reads nothing else
+results = 'results/ablation_charts.json'
 data = 'charts:4000'            # 4000 training charts, or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg
 base = 'config/desk.py'         # network sizes and learning rates of all rows
 rows = ''                       # a selection, for example var,full,focus_schedule=states (default: all)
@@ -58,11 +56,10 @@ cnn_steps = 150                 # training steps of the CNN behind FD-cnn; use 2
 minutes = 0.0                   # start no new stage after this many minutes; 0: no limit
 processes = 1                   # stages that run at the same time, each on one thread
 # output instead of training
-table = False                   # print the tables
 figures = False                 # draw the figures
 config = configure(globals())
 
-# Table 3: files in config/ablation. Table 4: one setting of the full row takes another value.
+# Table 3, and Table 4, which has the same rows at 1024 pixels: files in config/ablation
 TABLE_3 = {
     'var': 'VAR (baseline)',
     'full': 'FVAR (full)',
@@ -71,7 +68,8 @@ TABLE_3 = {
     'no_teacher': 'w/o high-frequency teacher',
     'no_dual': 'w/o dual tokenizers'
 }
-TABLE_4 = {
+# one setting of the full row takes another value
+VARIATIONS = {
     'focus_input=view': 'views encoded (Eq. 3)',
     'focus_schedule=states': 'schedule "states"',
     'focus_schedule=cosine': 'schedule "cosine"',
@@ -215,9 +213,9 @@ def evaluate_row(of):
 
 
 def work():
-    """Evaluates all rows as far as the minutes reach, and writes the results as they come."""
+    """Evaluates all rows until `minutes` run out, and writes the results as they come."""
     global deadline
-    known_rows = TABLE_3 | TABLE_4
+    known_rows = TABLE_3 | VARIATIONS
     wanted = rows.split(',') if rows else list(known_rows)
     for row in wanted:
         if row not in known_rows:
@@ -244,82 +242,7 @@ def work():
     finally:
         deadline = 0                                        # after an error or Ctrl-C, too
         pool.shutdown(wait=False, cancel_futures=True)
-    runtime.say(f'{len(jobs) - unfinished} of {len(jobs)} rows finished')
-
-
-# -----------------------------------------------------------------------------
-# tables
-
-def read_runs():
-    """The runs in the results file. Raises UserError if there are none."""
-    saved = read_json(results)
-    if not saved:
-        raise UserError(f'{results}: no results yet; run python -m experiments.ablation')
-    return saved['runs']
-
-
-def mean_std(values, digits=2):
-    std = f' ± {stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{mean(values):.{digits}f}{std}'
-
-
-def markdown(head, body):
-    lines = [head, ['---'] * len(head), *body]
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
-
-
-def quality_table(runs_of):
-    """Tokenizer and student of every row. runs_of: {row's name: its runs}."""
-    head = ['row', 'seeds', 'PSNR, dB', 'SSIM', 'rFD', 'FD-cnn', 'recognised, %', 'bits per image']
-    digits = {'psnr': 2, 'ssim': 3, 'rfd': 2, 'fd': 2, 'recognised': 1, 'bits': 1}
-    unit = {'recognised': 100}
-    body = []
-    for name, runs in runs_of.items():
-        cells = [mean_std([unit.get(key, 1) * run[key] for run in runs], digits[key]) for key in digits]
-        body.append([name, str(len(runs)), *cells])
-    return markdown(head, body)
-
-
-def compare(fd, other):
-    """Cells: mean of fd − other over the seeds in both, its standard error, lowest and highest percentage."""
-    seeds = fd.keys() & other.keys()
-    if not seeds or fd is other:
-        return ['–'] * 4
-    difference = [fd[seed] - other[seed] for seed in seeds]
-    percent = [100 * fd[seed] / other[seed] - 100 for seed in seeds]
-    error = f'{stdev(difference) / math.sqrt(len(seeds)):.2f}' if len(seeds) > 1 else '–'
-    return [f'{mean(difference):+.2f}', error, f'{min(percent):+.0f}', f'{max(percent):+.0f}']
-
-
-def distance_table(runs_of, cfg, top_p):
-    """FD-cnn of every row under one sampling setting, compared with VAR and the full row seed by seed."""
-    head = [f'cfg {cfg:g}, top_p {top_p:g}', 'FD-cnn']
-    head += ['− VAR', 'standard error', 'best seed, %', 'worst seed, %', '− FVAR (full)', 'standard error']
-    distances = {
-        name: {run['seed']: fd for run in runs for *how, fd in run['fd_sampled'] if how == [cfg, top_p]}
-        for name, runs in runs_of.items()
-    }
-    var, full = (distances.get(TABLE_3[row], {}) for row in ('var', 'full'))
-    body = [
-        [name, mean_std(fd.values()), *compare(fd, var), *compare(fd, full)[:2]]
-        for name, fd in distances.items()
-    ]
-    return markdown(head, body)
-
-
-def tables(runs):
-    """All tables as Markdown: quality, then FD-cnn under each sampling setting."""
-    runs_of = {name: [run for run in runs if run['row'] == row] for row, name in (TABLE_3 | TABLE_4).items()}
-    runs_of = {name: some for name, some in runs_of.items() if some}
-    samplings = sorted({(cfg, top_p) for run in runs for cfg, top_p, _ in run['fd_sampled']})
-    parts = [quality_table(runs_of), *(distance_table(runs_of, *how) for how in samplings)]
-    percent = [100 * run['rfd'] / run['fd'] for run in runs]
-    parts.append(
-        f'As many real images as samples have an FD-cnn of {mean(run["floor"] for run in runs):.2f}. '
-        f'rFD is {min(percent):.0f} to {max(percent):.0f} % of FD-cnn. '
-        '± is the standard deviation over seeds. Differences are taken seed by seed.'
-    )
-    return '\n\n'.join(parts)
+    runtime.say(f'{len(jobs) - unfinished} of {len(jobs)} runs finished')
 
 
 # -----------------------------------------------------------------------------
@@ -327,47 +250,31 @@ def tables(runs):
 
 @torch.no_grad()
 def make_figures():
-    """Compares VAR and FVAR, seed 0, in two pictures beside the results file.
-
-    …_samples.png: per class a held-out image, its reconstructions, and four samples of each.
-    …_curves.png: training loss.
-    """
-    from matplotlib.figure import Figure                    # a development dependency
-
+    """Draws VAR and FVAR, seed 0: per class a held-out image, reconstructions, and four samples of each."""
     common = settings()
     dataset = open_dataset(data, 'val', common['train_tokenizer']['image_size'])
     real, labels = load_images(dataset, 50 * len(dataset.classes))
-    labels, order = labels.sort(stable=True)
-    real = normalize(real[order])
-    first = torch.searchsorted(labels, torch.arange(len(dataset.classes)))      # per class
-    columns = {'real': real[first]}
-    figure = Figure(layout='constrained')
-    axes = figure.subplots()
-    axes.set(xlabel='step', ylabel='student: nats per token')
+    classes = torch.arange(len(dataset.classes))
+    real = normalize(real[(labels == classes[:, None]).int().argmax(1)])        # the first of each class
+    columns = {'real': real}
     how = DEFAULTS['evaluate'] | common['evaluate']
     for name, row in (('VAR', 'var'), ('FVAR', 'full')):
         stage1, folder = folders(settings(row))
         structure, student, *_ = load_deployed(folder, tokenizer=f'{stage1}/tokenizer.pt')
-        decoded = structure.decode(structure.encode(real))
-        columns[f'{name}\ndecoded'] = decoded[first]
-        generators = sample_generators(0, range(len(labels)))
-        samples = student.generate(structure, labels, how['cfg'], how['top_k'], how['top_p'], generators)[1]
-        columns |= {f'{name}\nsample {i + 1}': samples[first + i] for i in range(4)}
-        records = [record for record in read_log(f'{folder}/fvar.jsonl') if 'ce' in record]
-        axes.plot([record['step'] for record in records], [record['ce'] for record in records], label=name)
-    axes.legend()
-    beside = Path(results).with_suffix('')
-    figure.savefig(f'{beside}_curves.png')
+        columns[f'{name}\ndecoded'] = structure.decode(structure.encode(real))
+        generators = sample_generators(0, range(4 * len(classes)))
+        _, samples = student.generate(
+            structure, classes.repeat(4), how['cfg'], how['top_k'], how['top_p'], generators)
+        columns |= {f'{name}\nsample {i + 1}': part for i, part in enumerate(samples.chunk(4))}
     cells = torch.stack(list(columns.values()), 1).flatten(0, 1)
-    save_png(f'{beside}_samples.png', picture_grid(cells, len(columns), dataset.classes, list(columns)))
+    grid = picture_grid(cells, len(columns), dataset.classes, list(columns))
+    save_png(Path(results).with_suffix('.png'), grid)
 
 
 def main():
     positive = ('seeds', 'tokenizer_steps', 'steps', 'vocab_size', 'cnn_steps', 'processes')
     runtime.require_positive(config, *positive)
-    if table:
-        print(tables(read_runs()))
-    elif figures:
+    if figures:
         make_figures()
     else:
         work()

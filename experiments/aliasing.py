@@ -6,11 +6,7 @@
 
 folding     alias: fraction of a view's energy that comes from above its Nyquist frequency. kept: energy below
             it, relative to an ideal low-pass. Read both: blurring everything away removes aliasing too.
-shift       when the picture moves by whole pixels, the view should move with it: energy of the error in dB
-            below the energy of the view, for shifts by less than a step.
 zone plate  contrast of a chirp in the view, below Nyquist (wanted) and from there to twice Nyquist (alias).
-edge        MTF from a slanted edge (ISO 12233): the frequency where it falls to one half, and its mean beyond
-            Nyquist. An MTF50 beyond Nyquist is no gain: the view cannot hold that sharpness.
 spectrum    radial power spectrum relative to real pictures, in dB per ring, beside that of one half of these
             relative to the other. "its error" is the spectrum of reconstruction − picture.
 
@@ -20,7 +16,6 @@ table per measure; writes aliasing.json.
 import math
 from collections import defaultdict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +25,6 @@ from pyramid import defocus_decimate, focus_radii, psf, view_sizes
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import digest, write_json
-from util.metrics import psnr
 from util.picture_sets import load_images, read_samples
 
 # input and output
@@ -62,21 +56,15 @@ FILTERS = {
 # {title: (format, metrics of measure_view)}
 TABLES = {
     'folding: alias / kept': ('.1%', 'alias', 'kept'),
-    'shift: dB of the error below the view': ('.1f', 'shift'),
-    'zone plate: contrast below Nyquist / beyond': ('.2f', 'zone_wanted', 'zone_alias'),
-    'slanted edge: MTF50 in cycles per pixel (1.00: never) / mean response beyond Nyquist':
-        ('.2f', 'mtf50', 'mtf_beyond')
+    'zone plate: contrast below Nyquist / beyond': ('.2f', 'zone_wanted', 'zone_alias')
 }
-FREQUENCIES = torch.linspace(0, 1, 201, dtype=torch.float64)    # of an MTF, in cycles per pixel
-EXACT = 200.0                                   # dB; errors of float64 arithmetic are below that
-BINS = 8                                        # bins per pixel of an edge profile
 
 
 # -----------------------------------------------------------------------------
 # views of a periodic picture, whose borders neither fold nor move
 
 def band_limit(images, size, where):
-    """Reads images (B, C, S, S) at pixel positions where (n,) along both axes, through an ideal low-pass.
+    """Reads images (B, C, S, S) at pixel positions `where` (n,) on both axes, through an ideal low-pass.
 
     Returns (B, C, n, n). Only frequencies below size/2 cycles per side remain; all of them at size = S.
     """
@@ -116,12 +104,6 @@ def energy(x):
     return x.square().mean().item()
 
 
-def decibels(signal, error):
-    """10·log10 of signal energy over error energy, at most EXACT."""
-    ratio = energy(signal) / max(energy(error), 1e-30)
-    return min(EXACT, 10 * math.log10(ratio))
-
-
 # -----------------------------------------------------------------------------
 # measures of a view
 
@@ -129,29 +111,13 @@ def folding(images, radius, size, kernel):
     """(alias, kept) in [0, 1] for the views of images (B, C, S, S) with mean zero; see the top of the file.
 
     Views are linear: the view of what the ideal low-pass at the view's Nyquist removes is the alias. At
-    fractional steps, interpolation errors below Nyquist count as kept; shift_error sees them.
+    fractional steps, interpolation errors below Nyquist count as kept.
     """
     side = images.shape[-1]
     low = band_limit(images, size, torch.arange(side))
     wanted = energy(view(low, radius, size, kernel))
     alias = energy(view(images - low, radius, size, kernel))
     return alias / (wanted + alias), wanted / energy(view(images, radius, size, 'ideal'))
-
-
-def shift_error(images, radius, size, kernel, shifts):
-    """Difference between the view of the shifted picture and the shifted view, in dB below the view.
-
-    shifts: in pixels of the full-size image, right and down at once; the error is the mean over all of them.
-    """
-    still = view(images, radius, size, kernel)
-    errors = []
-    for shift in shifts:
-        moved = images.roll((shift, shift), (-1, -2))
-        moved = view(moved, radius, size, kernel)
-        where = torch.arange(size) - shift * size / images.shape[-1]
-        expected = band_limit(still, size, where)
-        errors.append(moved - expected)
-    return decibels(still, torch.stack(errors))
 
 
 def zone_plate(side, top):
@@ -192,88 +158,15 @@ def measure_view(images, radius, size, kernel):
     """All metrics of one view of images (B, 1, S, S) with mean zero."""
     side = images.shape[-1]
     how = radius, size, kernel
-    shifts = range(1, math.ceil(side / size))               # by less than a step
     alias, kept = folding(images, *how)
     wanted, beyond = zone_contrast(side, *how)
-    mtf50, mtf_beyond = edge_metrics(view_mtf(side, *how))
     return {
         'step': side / size,
         'alias': alias,
         'kept': kept,
-        'shift': shift_error(images, *how, shifts) if shifts else None,
         'zone_wanted': wanted,
-        'zone_alias': beyond,
-        'mtf50': mtf50,
-        'mtf_beyond': mtf_beyond
+        'zone_alias': beyond
     }
-
-
-# -----------------------------------------------------------------------------
-# slanted edge
-
-def edge_distance(where, middle, offsets, slope=0.0875):
-    """Signed distance (B, 1, n, n) of positions where (n,) from slanted edges, in pixels.
-
-    offsets (B,) shift the edges away from the middle of the picture, which is the position `middle`.
-    """
-    t = where - middle
-    t = t + slope * t[:, None]
-    t = t - offsets.double()[:, None, None]
-    return t[:, None] / math.hypot(1, slope)
-
-
-def slanted_edges(side, offsets):
-    """Pictures (B, 1, side, side) in [−1, 1] of edges one pixel soft, whose MTF is sinc(f)."""
-    distance = edge_distance(torch.arange(side), side / 2, offsets)
-    return (2 * distance).clamp(-1, 1)
-
-
-def edge_mtf(values, distance, size):
-    """MTF at FREQUENCIES from the values of pixels and their distance from an edge, both of any one shape.
-
-    The mean value in bins of 1/BINS pixel is the edge profile, its derivative the line spread, and the MTF
-    the Fourier transform of that. Aliasing cannot hide here: many edges sample the profile more finely than a
-    picture of `size` pixels does.
-    """
-    half = max(1, min(8, size // 4))                        # pixels on either side of the edge
-    values = values.double().flatten()
-    distance = distance.flatten()
-
-    def binned(weight):
-        return torch.histogram(distance, 2 * half * BINS, range=(-half, half), weight=weight).hist
-
-    count = binned(torch.ones_like(distance))
-    line = (binned(values) / count).diff()
-    t = binned(distance) / count                            # pixels need not lie evenly in their bins
-    t = (t[1:] + t[:-1]) / 2
-    outer = (2 * t.abs() / half - 1).clamp(0, 1)            # the outer half fades out
-    line = line * (0.5 + 0.5 * torch.cos(math.pi * outer))
-    phase = torch.exp(2j * math.pi * torch.outer(FREQUENCIES, t))
-    contrast = line.sum().abs().clamp(min=1e-6)
-    mtf = (phase * line).sum(1).abs() / contrast
-    return mtf / torch.sinc(FREQUENCIES / BINS) ** 2        # undoes the bins and the differences
-
-
-def edge_metrics(mtf):
-    """(MTF50 in cycles per pixel, mean response from Nyquist to twice Nyquist).
-
-    MTF50 is the first frequency where the MTF is one half: 1 if it never falls that low, 0 without an edge.
-    """
-    mtf50 = 1.0
-    if mtf.min() < 0.5:
-        i = int((mtf < 0.5).double().argmax())
-        around = [i, max(0, i - 1)]
-        mtf50 = float(np.interp(0.5, mtf[around], FREQUENCIES[around]))
-    return mtf50, mtf[FREQUENCIES > 0.5].mean().item()
-
-
-def view_mtf(side, radius, size, kernel):
-    """MTF of a view in cycles per pixel of the view, from edges at 16 positions within one of its pixels."""
-    offsets = torch.arange(16) * side / size / 16
-    values = view(slanted_edges(side, offsets), radius, size, kernel)
-    distance = edge_distance(sample_positions(side, size), side / 2, offsets) * size / side
-    middle = slice(size // 4, size - size // 4)             # the edge breaks where top and bottom meet
-    return edge_mtf(values[..., middle, :], distance[..., middle, :], size)
 
 
 # -----------------------------------------------------------------------------
@@ -322,22 +215,6 @@ def reconstruct(structure, images):
     return torch.cat(decoded)
 
 
-def reconstruction_shift(structure, images, shifts):
-    """(PSNR per shift between reconstructions of crops that many pixels apart, PSNR of reconstructions).
-
-    images (B, 3, S + max(shifts), …). Crops are compared where they overlap. Errors that are independent of
-    each other make the first 3 dB lower than the second; errors that move with the picture make it infinite.
-    """
-    S = structure.image_size
-    still = reconstruct(structure, images[..., :S, :S])
-    agreement = []
-    for t in shifts:
-        moved = reconstruct(structure, images[..., t:t + S, t:t + S])
-        overlap = moved[..., :S - t, :S - t]
-        agreement.append(min(EXACT, psnr(still[..., t:, t:], overlap)))
-    return agreement, psnr(still, images[..., :S, :S])
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -350,7 +227,7 @@ def filtered_views():
 
 
 def show(number, form):
-    return '–' if number is None else 'exact' if number >= EXACT else format(number, form)
+    return '–' if number is None else format(number, form)
 
 
 def measure_pyramid(images):
@@ -368,20 +245,6 @@ def measure_pyramid(images):
                 line += f'{cell:>16}'
             runtime.say(line)
     return results
-
-
-def measure_tokenizer(structure, data_name):
-    """Prints and returns the shift equivariance of reconstructions."""
-    shifts = range(1, structure.image_size // structure.patch_nums[-1] + 1)
-    larger = open_dataset(data_name, 'val', structure.image_size + max(shifts), real_images)
-    images, _ = load_images(larger, real_images)
-    agreement, still = reconstruction_shift(structure, normalize(images), shifts)
-    runtime.say(
-        f'\nreconstructions: PSNR {still:.2f} dB. Against those of the picture shifted by 1, 2, … pixels '
-        f'(independent errors give {still - 3.01:.2f} dB):\n'
-        + ' '.join(show(value, '.2f') for value in agreement)
-    )
-    return {'psnr': still, 'shift_psnr': dict(zip(shifts, agreement))}
 
 
 def measure_spectra(sets, real, labels):
@@ -420,7 +283,6 @@ def main():
     results['pyramid'] = measure_pyramid(normalize(images).mean(1, keepdim=True))
     if structure:
         results['tokenizer_digest'] = digest(structure.state_dict())
-        results['tokenizer'] = measure_tokenizer(structure, data_name)
     if structure or samples:
         same_size = open_dataset(data_name, 'val', side, real_images)
         real, labels = load_images(same_size, real_images)

@@ -6,7 +6,7 @@
 pyramid    the focused views of a batch at 256 px, against blurring whole pictures before sampling them
 tokenizer  encoding into structure tokens and alias tokens, and decoding
 encode     images to token files
-train      a step of stage 2 from token files, without and with teacher
+train      a step of stage 2 on given tokens, without and with a teacher
 sample     one picture and a batch
 depths     d12 … d24 relative to d12 (Table 1, column Time): all tokens of one picture, without decoder
 
@@ -40,7 +40,7 @@ out_dir = 'out'                 # folder for bench.json
 parts = 'pyramid,tokenizer,encode,train,sample,depths'  # what to time
 stage1 = ''                     # config file of the tokenizers (default: charts, on a GPU tokenizer_256)
 stage2 = ''                     # config file of student and teacher (default: charts, on a GPU d16)
-batch_size = 0                  # pictures per training step (default: the demo's 8, on a GPU 32)
+batch_size = 0                  # pictures per training step (default: that of stage2, on a GPU 32)
 sample_batch = 64               # pictures per sampled batch
 repeats = 5                     # repetitions of everything
 compiled = False                # also time compiled blocks (compiling takes minutes on a CPU)
@@ -105,9 +105,9 @@ def settings(script, file):
     return script.config | read_config_file(file, Path(script.__file__).stem, script.config)
 
 
-def set_up(stage1, stage2, num_classes, count, dev, autocast):
+def set_up(stage1, stage2, num_classes, count, dev, autocast, scaler):
     """Random networks with the settings of both stages, and `count` pictures with their tokens."""
-    b = SimpleNamespace(dev=dev, autocast=autocast, count=count)
+    b = SimpleNamespace(dev=dev, autocast=autocast, scaler=scaler, count=count, optimizer=stage2['optimizer'])
     with dev:
         structure, alias = build_tokenizers(stage1)
         b.student = build_student(stage2, structure, num_classes)
@@ -159,16 +159,16 @@ def bench_train(b):
     labels = torch.arange(b.count, device=b.dev) % b.student.num_classes
 
     def step_of(network):
-        optimizer = runtime.adamw(network, 1e-9, (0.9, 0.95), 0.0)
+        matrices = train_fvar.muon_weights(network)
+        optimizer = runtime.build_optimizer(b.optimizer, matrices, network, 1e-9, (0.9, 0.95), 0.0)
+        safe_step = runtime.SafeStep(optimizer, b.scaler, 2.0)
 
         def step():
             inputs = b.structure.token_inputs(b.tokens)
             with b.autocast():
                 terms = network(labels, inputs, torch.cat(b.tokens, 1), torch.cat(b.alias_tokens, 1))
-            terms['total'].backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            b.scaler.scale(terms['total']).backward()
+            safe_step([network.parameters()], 1e-9)
         return step
 
     network = FVAR(b.student, b.teacher)
@@ -199,7 +199,8 @@ def bench_sample(b):
 def bench_depths(b):
     def forward_of(name):
         first = settings(train_tokenizer, 'config/tokenizer_256.py')
-        d = set_up(first, settings(train_fvar, f'config/{name}.py'), 1000, 1, b.dev, b.autocast)
+        d = set_up(first, settings(train_fvar, f'config/{name}.py'), 1000, 1, b.dev, b.autocast,
+                   b.scaler)
         label = torch.zeros(1, dtype=torch.int64, device=b.dev)
         return partial(inference, b, d.student.eval(), label, d.structure.token_inputs(d.tokens))
 
@@ -219,7 +220,7 @@ PARTS = {
 
 def main():
     dev = runtime.start(device, seed)
-    autocast, _ = runtime.precision(dtype, dev)
+    autocast, scaler = runtime.precision(dtype, dev)
     runtime.require_positive(config, 'repeats', 'sample_batch')
     chosen = parts.split(',')
     for part in chosen:
@@ -228,7 +229,8 @@ def main():
     gpu = dev.type == 'cuda'
     first = settings(train_tokenizer, stage1 or f'config/{"tokenizer_256" if gpu else "charts"}.py')
     second = settings(train_fvar, stage2 or f'config/{"d16" if gpu else "charts"}.py')
-    b = set_up(first, second, 10, batch_size or (32 if gpu else 8), dev, autocast)
+    count = batch_size or (32 if gpu else second['batch_size'])
+    b = set_up(first, second, 10, count, dev, autocast, scaler)
     name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads'
     peak = runtime.measured_peak(dev, autocast)
     runtime.say(f'{name}, torch {torch.__version__}, peak {peak / 1e12:.3f} TFLOP/s')

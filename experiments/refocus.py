@@ -1,4 +1,4 @@
-"""Measures how well the student brings held-out images into focus that a disk of known radius has blurred.
+"""Measures how well the student refocuses held-out images that were blurred by a known radius.
 
     python -m experiments.refocus config/charts.py
     python -m experiments.refocus --out_dir=out-d16 --dtype=auto

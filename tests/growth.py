@@ -1,6 +1,6 @@
 """Memory, FLOPs, hours and disk of every configuration on eight A100-80G. Computed, not measured.
 
-    make growth
+    make growth         # also writes results/memory.json
 
 Whole training steps run at their real size on a GPU that does not exist (fakegpu.py).
 """
@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import encode
 import train_fvar
 import train_tokenizer
+from configurator import HERE
 from experiments.bench import settings
 from fakegpu import FakeGPU
 from model import held_out_loss
 from tokenizer import build_tokenizers
 from util import runtime
+from util.checkpoint import write_json
 
 A100 = 312e12                   # FLOP/s in bfloat16, from NVIDIA's data sheet
 GPUS = 8
@@ -175,4 +177,4 @@ def growth():
 
 
 if __name__ == '__main__':
-    growth()
+    write_json(HERE / 'results' / 'memory.json', growth())

@@ -1,4 +1,4 @@
-"""ablation.py: rows differ only in what they claim to, share what they can, and resume; the tables add up."""
+"""ablation.py: rows differ only in what they claim to, share what they can, and resume."""
 import functools
 import json
 import os
@@ -26,7 +26,7 @@ SAME_STAGE_1 = {
     'full', 'no_teacher', 'alias_scales=1', 'alias_scales=3', 'teacher_blocks=2', 'shared_blocks=0',
     'lambda_feat=1', 'lambda_feat=0', 'lambda_logit=2',
 }
-ROWS = [*ablation.TABLE_3, *ablation.TABLE_4]
+ROWS = [*ablation.TABLE_3, *ablation.VARIATIONS]
 parsed_once = functools.cache(configurator.settings_of_all_scripts)
 def folders(row, seed):
     return ablation.folders(ablation.settings(row, seed))
@@ -50,7 +50,7 @@ def small(monkeypatch, tmp_path):
 
 def test_every_row_of_the_tables_is_there():
     assert set(ablation.TABLE_3) == {file.stem for file in (HERE / 'config' / 'ablation').glob('*.py')}
-    names = {row.partition('=')[0] for row in ablation.TABLE_4}
+    names = {row.partition('=')[0] for row in ablation.VARIATIONS}
     assert names == MAY_DIFFER - {'pyramid', 'kernel', 'dual', 'distill'}
 
 
@@ -124,7 +124,7 @@ def work(small, monkeypatch):
         return dict(started)
 
     monkeypatch.setattr(ablation.subprocess, 'run', pretend)
-    small(TABLE_4={}, processes=2)
+    small(VARIATIONS={}, processes=2)
     return run
 
 
@@ -133,9 +133,9 @@ def scripts(started):
 
 
 def test_the_command_of_a_stage_says_what_its_settings_are(work, small):
-    small(TABLE_4={'alias_scales=1': '', 'max_radius=12': ''}, seeds=1)
+    small(VARIATIONS={'alias_scales=1': '', 'max_radius=12': ''}, seeds=1)
     started = work()
-    for row in (*ablation.TABLE_3, *ablation.TABLE_4):
+    for row in (*ablation.TABLE_3, *ablation.VARIATIONS):
         stage1, student = folders(row, 0)
         evaluations = [values for (script, folder), values in started.items()
                        if script == 'evaluate' and folder.startswith(student + '/')]
@@ -185,7 +185,7 @@ def test_a_failure_stops_with_the_last_words_and_keeps_what_is_finished(work):
 
 def test_no_stage_begins_after_the_minutes(work, small, capsys):
     small(minutes=1e-9)
-    assert work() == {} and '0 of 12 rows finished' in capsys.readouterr().out
+    assert work() == {} and '0 of 12 runs finished' in capsys.readouterr().out
     small(minutes=0.0)
     assert work()
 
@@ -222,60 +222,12 @@ def test_a_stage_ends_with_the_ablation_that_started_it(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# tables
-
-def run_of(row, seed, fd, bits=300.0):
-    return {'row': row, 'seed': seed, 'psnr': 20.0 + seed, 'ssim': 0.8, 'floor': 0.1, 'rfd': 2.0, 'fd': fd,
-            'recognised': 0.5, 'bits': bits, 'fd_sampled': [[2.0, 0.4, fd], [4.0, 0.9, fd / 2]]}
-
-
-def cells(row, runs):
-    """The cells of a row in every table: quality, cfg 2, cfg 4."""
-    lines = [line for line in ablation.tables(runs).splitlines() if line.startswith(f'| {row} |')]
-    return [[cell.strip() for cell in line.strip('|').split('|')][1:] for line in lines]
-
-
-def test_means_deviations_and_paired_differences():
-    runs = [run_of('var', 0, 10.0), run_of('var', 1, 12.0), run_of('var', 2, 14.0),
-            run_of('full', 0, 8.0, 290.0), run_of('full', 1, 11.0, 290.0), run_of('full', 2, 11.0, 290.0)]
-    quality, cfg2, cfg4 = cells('VAR (baseline)', runs)
-    assert quality == ['3', '21.00 ± 1.00', '0.800 ± 0.000', '2.00 ± 0.00', '12.00 ± 2.00', '50.0 ± 0.0',
-                       '300.0 ± 0.0']
-    assert cfg2 == ['12.00 ± 2.00', '–', '–', '–', '–', '+2.00', '0.58']
-    # differences −2, −1, −3: mean −2, standard deviation 1, standard error 1/√3
-    quality, cfg2, cfg4 = cells('FVAR (full)', runs)
-    assert cfg2 == ['10.00 ± 1.73', '-2.00', '0.58', '-21', '-8', '–', '–']
-    assert cfg4[:3] == ['5.00 ± 0.87', '-1.00', '0.29'] and quality[-1] == '290.0 ± 0.0'
-    assert 'rFD is 14 to 25 % of FD-cnn' in ablation.tables(runs)
-
-
-def test_only_equal_seeds_are_paired():
-    runs = [run_of('var', 0, 10.0), run_of('var', 1, 50.0), run_of('gaussian', 0, 9.0),
-            run_of('alias_scales=1', 2, 9.0)]
-    assert cells('w/ Gaussian blur', runs)[1] == ['9.00', '-1.00', '–', '-10', '-10', '–', '–']
-    assert cells('1 alias scale', runs)[1] == ['9.00'] + 6 * ['–']
-
-
-def test_the_table_needs_results(small):
-    with pytest.raises(UserError, match='no results yet'):
-        ablation.read_runs()
-
-
-@pytest.mark.parametrize('data', ['charts', 'photos', 'charts_3600', 'photos_3600'])
-def test_the_published_tables_are_those_of_the_results(data):
-    runs = json.loads((HERE / 'results' / f'ablation_{data}.json').read_text(encoding='utf-8'))['runs']
-    tables = ablation.tables(runs)
-    assert all(line.count('|') <= 9 for line in tables.splitlines())
-    assert tables in (HERE / 'RESULTS.md').read_text(encoding='utf-8')
-
-
-# -----------------------------------------------------------------------------
 # everything, in miniature
 
-def test_two_rows_from_tokenizers_to_tables_and_figures(small, monkeypatch, tmp_path):
+def test_two_rows_from_tokenizers_to_results_and_figures(small, monkeypatch, tmp_path):
     (tmp_path / 'tiny.py').write_text(ABLATION)
     draw_data(tmp_path, 12)                                 # a folder, as for photographs
-    small(base=str(tmp_path / 'tiny.py'), TABLE_3={'var': 'VAR', 'full': 'FVAR'}, TABLE_4={}, seeds=1,
+    small(base=str(tmp_path / 'tiny.py'), TABLE_3={'var': 'VAR', 'full': 'FVAR'}, VARIATIONS={}, seeds=1,
           data=str(tmp_path), tokenizer_steps=3, steps=3)
 
     def in_this_process(command, **_):                      # importing torch anew would take most of the time
@@ -287,9 +239,9 @@ def test_two_rows_from_tokenizers_to_tables_and_figures(small, monkeypatch, tmp_
         patch.setattr(ablation.subprocess, 'run', in_this_process)
         patch.setattr('signal.signal', lambda *_: None)                 # only allowed in the main thread
         ablation.work()
-    found = ablation.read_runs()
+    found = json.loads(Path(ablation.results).read_text())['runs']
     assert [(run['row'], run['seed']) for run in found] == [('var', 0), ('full', 0)]
     assert all(run['fd'] > 0 and run['rfd'] > 0 and run['bits'] > 0 for run in found)
-    assert found[0]['floor'] == found[1]['floor'] and '| FVAR | 1 |' in ablation.tables(found)
+    assert found[0]['floor'] == found[1]['floor']
     ablation.make_figures()
-    assert all((tmp_path / f'results_{what}.png').is_file() for what in ('samples', 'curves'))
+    assert (tmp_path / 'results.png').is_file()

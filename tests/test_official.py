@@ -427,11 +427,11 @@ def refused(vae, var, patch_nums=(1, 2, 3, 5), num_heads=None):
 
 def test_a_tokenizer_is_no_transformer_and_the_other_way_round(exported):
     vae, var = exported
-    assert 'no published VAR transformer' in refused(vae, vae) and 'var_d16.pth' in refused(vae, vae)
-    assert 'no published VAR tokenizer' in refused(var, var) and 'vae_ch160v4096z32.pth' in refused(var, vae)
-    assert 'no published VAR tokenizer' in refused({}, {})
-    assert 'no published VAR transformer' in refused(vae, {'trainer': {'vae_local': vae}})
-    assert 'no published VAR transformer' in refused(vae, {'trainer': [var]})
+    assert 'not a published VAR transformer' in refused(vae, vae) and 'var_d16.pth' in refused(vae, vae)
+    assert 'not a published VAR tokenizer' in refused(var, var) and 'vae_ch160v4096z32.pth' in refused(var, vae)
+    assert 'not a published VAR tokenizer' in refused({}, {})
+    assert 'not a published VAR transformer' in refused(vae, {'trainer': {'vae_local': vae}})
+    assert 'not a published VAR transformer' in refused(vae, {'trainer': [var]})
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
@@ -551,8 +551,8 @@ def spoil_vae_pickle(files):
 
 
 WRONG = {
-    'tokenizer for transformer': (None, dict(var='vae.pth'), 'this is no published VAR transformer'),
-    'transformer for tokenizer': (None, dict(vae='var.pth'), 'this is no published VAR tokenizer'),
+    'tokenizer for transformer': (None, dict(var='vae.pth'), 'this is not a published VAR transformer'),
+    'transformer for tokenizer': (None, dict(vae='var.pth'), 'this is not a published VAR tokenizer'),
     'other maps': (None, dict(patch_nums='1,2,3,4'), 'give the patch_nums it was trained with'),
     'maps that shrink': (None, dict(patch_nums='5,3,2,1'), 'give the patch_nums it was trained with'),
     'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: No such file'),
@@ -560,7 +560,7 @@ WRONG = {
     'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth cannot be read (truncated or not a checkpoint)'),
     'code in the transformer': (spoil_pickle, {}, 'var.pth cannot be read (it holds code, which is never run: '),
     'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth cannot be read (it holds code, which is never run: '),
-    'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is no published VAR transformer'),
+    'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is not a published VAR transformer'),
 }
 
 

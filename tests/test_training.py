@@ -348,7 +348,7 @@ def test_a_rise_of_the_held_out_loss_is_said_once_and_the_best_student_is_kept(s
     run(train_fvar, **STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path), eval_every=2,
                                     keep_best=True))
     printed = capsys.readouterr().out
-    assert printed.count('note: it was 2.000 before and rises now') == printed.count('note: it was') == 1
+    assert printed.count('note: it was 2.000 and is now rising') == printed.count('note: it was') == 1
     best, last = (torch.load(tmp_path / f'{name}.pt', weights_only=True) for name in ('student_best', 'student'))
     assert (best['step'], best['metrics']['ce'], last['step']) == (10, 1.5, 12)
     assert model.load_student(tmp_path / 'student_best.pt', load_tokenizers(stage1 / 'tokenizer.pt')[0])
@@ -557,7 +557,7 @@ def test_without_its_weight_no_focus_state_is_decoded(train_stage1, tmp_path):
 
 
 def test_maps_whose_alias_is_empty_are_named_and_nothing_of_them_is_missed(train_stage1, tmp_path, capsys):
-    note = 'note: half a pixel of blur is none, so token maps [2] have no alias'
+    note = 'note: blur of ≤ ½ pixel is no blur, so token maps [2] have no alias'
     train_stage1(max_radius=6.0, steps=4)                                                   # radii 0.56, 0.38 and 0 pixels
     assert note in capsys.readouterr().out
     of_first, of_second = log_of(tmp_path, 'tokenizer')[1][-1]['val_alias_missed']

@@ -147,7 +147,7 @@ def previous(path):
 
 
 def candidates(path):
-    """The newest checkpoint and the one before it, as far as they exist."""
+    """The newest checkpoint and the one before it, if they exist."""
     return [file for file in (Path(path), previous(path)) if file.is_file()]
 
 
@@ -189,7 +189,8 @@ def load_checkpoint(path, kind, made_by='', shared=False):
 
 
 def read_weights(path, shared=False):
-    """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file.
+    """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file,
+    FileNotFoundError and PermissionError as they are.
 
     shared: maps the file into memory, so that the ranks of a machine share one copy, which is read-only.
     """
@@ -298,7 +299,7 @@ def load_optimizer(optimizer, saved):
 class Log:
     """One JSON object per line, written by rank 0. A resumed run drops the lines from its first step on.
 
-    Non-finite numbers become null. to: 'tensorboard' or 'wandb' also receive the numbers; raises UserError if
+    Non-finite numbers become null. to: 'tensorboard' or 'wandb' gets the numbers too; raises UserError if
     the package is not installed.
     """
 

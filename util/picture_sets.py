@@ -18,7 +18,7 @@ from util.pictures import open_photo
 # reading
 
 def evenly_over_classes(labels, count):
-    """Indices of `count` items, equally many per class, ascending. All items if count is 0 or too large."""
+    """Ascending indices of `count` items, in proportion to class sizes. All if count is 0 or too large."""
     by_class = labels.argsort(stable=True)
     if 0 < count < len(labels):
         by_class = by_class[torch.arange(count) * len(labels) // count]
@@ -26,7 +26,7 @@ def evenly_over_classes(labels, count):
 
 
 def load_images(dataset, count, workers=0):
-    """Centre crops of `count` items of a data set, equally many per class (0: all), and their labels.
+    """Centre crops of `count` items of a data set, spread over the classes (0: all), and their labels.
 
     workers: processes that decode images.
     """
@@ -81,7 +81,8 @@ def read_reference(path, image_size):
 
 
 def read_folder(path, image_size, classes=()):
-    """Pictures at any depth, shuffled, and their labels if all folders are named like classes, else None."""
+    """Pictures (N, 3, S, S) uint8 at any depth, shuffled, and their labels (N,) if all folders are named like
+    classes, else None. Raises UserError if there are none, or if one is unreadable or of another size."""
     files, others = pictures_below(path)
     if not files:
         raise UserError(f'{path}: no pictures in this folder')
@@ -154,7 +155,7 @@ def check_samples(images, labels, num_classes, reference=(), path=''):
     """
     count = len(images)
     if count < 10:
-        raise UserError(f'only {count} samples: too few for any distance; give at least 10, better thousands')
+        raise UserError(f'only {count} samples: too few for a distance; give at least 10, ideally thousands')
     lossy = sum(file.lower().endswith(('.jpg', '.jpeg', '.jfif', '.jpe')) for file in pictures_below(path)[0])
     flat = (images.amax((2, 3)) == images.amin((2, 3))).all(1)
     hashes = image_hashes(images[~flat])

@@ -72,7 +72,7 @@ def barrier():
 
 
 def from_rank_0(value):
-    """What rank 0 passes, on every rank. A plain value, which may take long to come."""
+    """Returns rank 0's value on every rank. It is pickled, and may be long in coming."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=cpu_group)
@@ -203,8 +203,8 @@ def join_ranks(backend):
     """Creates the process group that torchrun's environment describes.
 
     torchrun keeps its store when it restarts the ranks (pytorch issue 135712), so a rank that starts early
-    would find the address of a dead one there. Each start therefore gets a prefix of its own. Its number is
-    only known to agree between the ranks of one machine.
+    would find the address of a dead one there. Each start therefore gets a prefix of its own. The restart
+    count is only known to agree between the ranks of one machine.
     """
     global cpu_group
     environment, options = os.environ, {}
@@ -263,8 +263,8 @@ def seed_of(*key):
 
 
 def generator(*key):
-    """A CPU generator seeded from integers and strings, for example (seed, 'order', step): what it is for has
-    a name, and resuming needs no saved state."""
+    """A CPU generator seeded from integers and strings, for example (seed, 'order', step): each use has
+    its own stream, and resuming needs no saved state."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -364,7 +364,10 @@ class MuonWithAdamW:
 
 
 def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
-    """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest."""
+    """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest.
+
+    Raises UserError for another name. Convolutions among muon_weights are in channels-last memory.
+    """
     if name == 'adamw':
         return adamw(module, lr, betas, weight_decay)
     if name == 'muon':
@@ -382,7 +385,7 @@ class SafeStep:
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
         device = optimizer.param_groups[0]['params'][0].device
         self.skipped, self.in_a_row = torch.zeros(2, dtype=torch.int64, device=device)
-        self.culprits = {}      # loss term → whether it was non-finite in the first of these steps in a row
+        self.culprits = {}      # loss term → whether it was non-finite in the first step of this streak
 
     def state_dict(self):
         return {'skipped': self.skipped.item(), 'in_a_row': self.in_a_row.item(),
@@ -508,7 +511,7 @@ def millions(module):
 
 
 class LogLines:
-    """What a progress bar writes to where stderr is no terminal: a line each time, through say()."""
+    """Where a progress bar writes if stderr is not a terminal: one line per update, through say()."""
 
     def write(self, text):
         if text.strip():

@@ -1,0 +1,213 @@
+"""Writes the tables of README.md and RESULTS.md from the JSON files in results/.
+
+    python -m experiments.results           # or make results
+
+The comment <!-- table: NAME --> stands above each of them; NAME is a key of TABLES below.
+"""
+import math
+import re
+from collections import defaultdict
+from statistics import mean, stdev
+
+from configurator import HERE, UserError
+from experiments.ablation import TABLE_3, VARIATIONS
+from util import runtime
+from util.checkpoint import atomic_write, read_json
+
+DOCUMENTS = ('README.md', 'RESULTS.md')
+
+
+def read(name):
+    """What a file of results/ holds. Raises UserError if there is none."""
+    found = read_json(HERE / 'results' / f'{name}.json')
+    if not found:
+        raise UserError(f'results/{name}.json is missing; RESULTS.md says which command writes it')
+    return found
+
+
+def simple(columns, rows):
+    """A table with a row per dictionary. columns: {key: (heading, format)}."""
+    head = [heading for heading, _ in columns.values()]
+    return [head, *([format(row[key], form) for key, (_, form) in columns.items()] for row in rows)]
+
+
+# -----------------------------------------------------------------------------
+# ablations
+
+def runs_by_row(name):
+    """{name of a row: {seed: its run}}, in the ablation's order."""
+    found = defaultdict(dict)
+    for row, title in (TABLE_3 | VARIATIONS).items():
+        for run in read(name)['runs']:
+            if run['row'] == row:
+                found[title][run['seed']] = run
+    return found
+
+
+def mean_std(values, form):
+    """Mean ± standard deviation over seeds."""
+    std = f' ± {stdev(values):{form}}' if len(values) > 1 else ''
+    return f'{mean(values):{form}}{std}'
+
+
+def difference(fd, other):
+    """Mean ± standard error of fd − other over the seeds in both. Both are {seed: FD-cnn}."""
+    pairs = [fd[seed] - other[seed] for seed in fd.keys() & other.keys()]
+    if not pairs or fd == other:
+        return '–'
+    error = f' ± {stdev(pairs) / math.sqrt(len(pairs)):.2f}' if len(pairs) > 1 else ''
+    return f'{mean(pairs):+.2f}{error}'
+
+
+def distances(by_seed, way):
+    """{seed: FD-cnn} of a row with one way of sampling, [cfg, top_p]."""
+    return {seed: fd for seed, run in by_seed.items() for *how, fd in run['fd_sampled'] if how == way}
+
+
+def quality(name):
+    """What tokenizer and student reach in every row of an ablation."""
+    columns = {
+        'psnr': ('PSNR, dB', '.2f'), 'ssim': ('SSIM', '.3f'), 'rfd': ('rFD', '.2f'),
+        'bits': ('bits per image', '.1f'), 'recognised': ('recognised', '.1%')
+    }
+    table = [['row', 'seeds', *(heading for heading, _ in columns.values())]]
+    for title, by_seed in runs_by_row(name).items():
+        cells = [mean_std([run[key] for run in by_seed.values()], form) for key, (_, form) in columns.items()]
+        table.append([title, str(len(by_seed)), *cells])
+    return table
+
+
+def sampling(name):
+    """FD-cnn of every row with each way of sampling, and how far it is from VAR's, seed by seed."""
+    found = runs_by_row(name)
+    var = found[TABLE_3['var']]
+    ways = sorted(how for *how, _ in var[0]['fd_sampled'])
+    table = [['FD-cnn', *(cell for way in ways for cell in ('cfg {:g}, top_p {:g}'.format(*way), '− VAR'))]]
+    for title, by_seed in found.items():
+        fds = [(distances(by_seed, way), distances(var, way)) for way in ways]
+        table.append([title, *(cell for fd, of_var in fds
+                               for cell in (mean_std(fd.values(), '.2f'), difference(fd, of_var)))])
+    return table
+
+
+def compared(*comparisons):
+    """FD-cnn and bits of two rows beside each other. comparisons: (label, file, row, the other row)."""
+    table = [['', 'seeds', 'FD-cnn', 'of the other', 'difference', 'bits per image', 'of the other']]
+    for label, name, *rows in comparisons:
+        both = [runs_by_row(name)[(TABLE_3 | VARIATIONS)[row]] for row in rows]
+        fd, other = ({seed: run['fd'] for seed, run in by_seed.items()} for by_seed in both)
+        bits, other_bits = (mean(run['bits'] for run in by_seed.values()) for by_seed in both)
+        table.append([label, str(len(fd)), mean_std(fd.values(), '.2f'), mean_std(other.values(), '.2f'),
+                      difference(fd, other), f'{bits:.1f}', f'{other_bits:.1f}'])
+    return table
+
+
+# -----------------------------------------------------------------------------
+# everything else
+
+DEMO = {
+    'seed': ('seed', ''), 'psnr': ('PSNR, dB', '.1f'), 'rfd': ('rFD', '.1f'),
+    'nats_per_token': ('nats per token', '.2f'), 'fd_cnn': ('FD-cnn', '.1f'),
+    'recognised': ('recognised', '.1%'), 'minutes': ('minutes', '.1f')
+}
+MEMORY = {
+    'config': ('`config/`', ''), 'parameters': ('trained parameters', ',d'),
+    'tokens': ('tokens per picture', ',d'), 'gib': ('GiB per GPU', '.0f'),
+    'gib_validation': ('GiB, validating', '.0f'), 'tflop_per_image': ('TFLOP per picture', '.2f'),
+    'hours': ('hours', ',.0f'), 'disk_gb': ('disk, GB', '.0f')
+}
+
+
+def demo():
+    """A row per seed of the demo, and their mean."""
+    runs = read('demo')
+    average = {key: mean(run[key] for run in runs) for key in DEMO if key != 'seed'}
+    return simple(DEMO, [*runs, {'seed': 'mean'} | average])
+
+
+def changes():
+    """Pairs of runs of the demo that differ in one thing, before → after."""
+    columns = {key: DEMO[key] for key in ('psnr', 'rfd', 'nats_per_token', 'fd_cnn')}
+    table = [['change', 'data, seed', *(heading for heading, _ in columns.values())]]
+    for pair in read('changes'):
+        cells = [' → '.join(format(value, form) for value in pair.get(key, ()))
+                 for key, (_, form) in columns.items()]
+        table.append([pair['change'], f'{pair["data"]}, {pair["seed"]}', *cells])
+    return table
+
+
+def aliasing():
+    """Alias and kept energy of every view, by what blurred it."""
+    filters = {'disk matched': 'disk', 'disk cosine': 'cosine', 'Gaussian': 'Gaussian'}
+    table = [['step s_k', 'no blur: alias']]
+    table[0] += [f'{name}: {key}' for name in filters.values() for key in ('alias', 'kept')]
+    for plain, *views in zip(*(read('aliasing')['pyramid'][key] for key in ('none', *filters))):
+        cells = [plain['alias'], *(view[key] for view in views for key in ('alias', 'kept'))]
+        table.append([f'{plain["step"]:.3g}', *(f'{cell:.1%}' for cell in cells)])
+    return table
+
+
+def refocusing(metric):
+    """One metric of every method, by blur and noise."""
+    found = defaultdict(dict)
+    for row in read('refocus')['refocus']:
+        blur = f'{row["radius"]:g} px, σ = {row["noise"]:g}'
+        found[blur][row['method']] = f'{row[metric]:.2f}'
+    methods = next(iter(found.values()))
+    return [[metric, *methods], *([blur, *values.values()] for blur, values in found.items())]
+
+
+def speed(name):
+    """Milliseconds per call in two precisions, and how much of the peak that is."""
+    found = defaultdict(list)
+    for dtype in ('float32', 'bfloat16'):
+        for row in read(f'{name}_{dtype}')['rows']:
+            cells = [f'{1000 * row["seconds"]:.0f} ms', f'{row["mfu"]:.0%}']
+            found[f'{row["part"]}: {row["what"]}'] += cells
+    return [['', 'float32', 'of peak', 'bfloat16', 'of peak'], *([name, *row] for name, row in found.items())]
+
+
+TABLES = {
+    'demo': demo,
+    'changes': changes,
+    'charts': lambda: quality('ablation_charts'),
+    'charts, sampling': lambda: sampling('ablation_charts'),
+    'photographs': lambda: quality('ablation_photos'),
+    'photographs, sampling': lambda: sampling('ablation_photos'),
+    'length': lambda: compared(
+        ('charts, 1,200 steps', 'ablation_charts', 'full', 'var'),
+        ('charts, 4,800 steps', 'ablation_charts_4800', 'full', 'var'),
+        ('photographs, 1,200 steps', 'ablation_photos', 'full', 'var')),
+    'teacher': lambda: compared(
+        ('charts, 1,200 steps', 'ablation_charts', 'full', 'no_teacher'),
+        ('charts, 4,800 steps', 'ablation_charts_4800', 'full', 'no_teacher'),
+        ('photographs, 1,200 steps', 'ablation_photos', 'full', 'no_teacher')),
+    'aliasing': aliasing,
+    'refocusing, PSNR': lambda: refocusing('psnr'),
+    'refocusing, sharpness': lambda: refocusing('sharpness'),
+    'speed': lambda: speed('bench'),
+    'speed, d12': lambda: speed('bench_d12'),
+    'memory': lambda: simple(MEMORY, read('memory'))
+}
+
+
+def rewrite(text):
+    """A document with all its tables as the results have them."""
+    def table(match):
+        head, *body = TABLES[match[1]]()
+        lines = [head, ['---'] * len(head), *body]
+        return f'<!-- table: {match[1]} -->\n' + ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
+
+    return re.sub(r'<!-- table: (.+) -->\n(?:\|.*\n)*', table, text)
+
+
+def main():
+    for document in DOCUMENTS:
+        text = (HERE / document).read_text(encoding='utf-8')
+        with atomic_write(HERE / document) as file:
+            file.write(rewrite(text).encode())
+        runtime.say(f'wrote the tables of {document}')
+
+
+if __name__ == '__main__':
+    runtime.run(main)
