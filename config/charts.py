@@ -16,11 +16,11 @@ if script == 'train_tokenizer':
 
 if script == 'train_fvar':
     depth, embed_dim, num_heads = 4, 128, 4
-    teacher_blocks, distill_warmup = 1, 1300
+    teacher_blocks, distill_warmup = 1, 1350
     lambda_feat = 0.1                   # with the paper's 1 a student learns more slowly at first
     optimizer = 'muon'
-    steps, batch_size, lr, warmup = 2000, 16, 3e-3, 100
-    eval_every, save_every, eval_pictures = 500, 500, 300
+    steps, batch_size, lr, warmup = 2100, 16, 3e-3, 100
+    eval_every, save_every, eval_pictures = 525, 525, 300
 
 if script in ('sample', 'evaluate', 'refocus'):
     cfg, top_p = 2.0, 0.4               # after so little training the likeliest tokens are best
