@@ -56,7 +56,7 @@ results: $(VENV)/installed
 	$(python) -m experiments.results
 
 figures: $(VENV)/installed
-	$(python) pyramid.py siemens_star --out=figures/pyramid.png
+	$(python) pyramid.py halftone_dots --patch_nums=1,2,4,8,16 --out=figures/pyramid.png
 	$(call run,sample)
 	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/progress.png figures/
 	$(call run,sample) --classes=0,1,7,8,9

@@ -64,17 +64,22 @@ def distances(by_seed, way):
     return {seed: fd for seed, run in by_seed.items() for *how, fd in run['fd_sampled'] if how == way}
 
 
+def averages(columns, groups):
+    """A row per group of runs with the means over seeds. columns as in simple(); groups: {title: runs}."""
+    table = [['', 'seeds', *(heading for heading, _ in columns.values())]]
+    for title, runs in groups.items():
+        cells = [mean_std([run[key] for run in runs], form) for key, (_, form) in columns.items()]
+        table.append([title, str(len(runs)), *cells])
+    return table
+
+
 def quality(name):
     """What tokenizer and student reach in every row of an ablation."""
     columns = {
         'psnr': ('PSNR, dB', '.2f'), 'ssim': ('SSIM', '.3f'), 'rfd': ('rFD', '.2f'),
         'bits': ('bits per image', '.1f'), 'recognised': ('recognised', '.1%')
     }
-    table = [['row', 'seeds', *(heading for heading, _ in columns.values())]]
-    for title, by_seed in runs_by_row(name).items():
-        cells = [mean_std([run[key] for run in by_seed.values()], form) for key, (_, form) in columns.items()]
-        table.append([title, str(len(by_seed)), *cells])
-    return table
+    return averages(columns, {title: by_seed.values() for title, by_seed in runs_by_row(name).items()})
 
 
 def sampling(name):
@@ -106,9 +111,9 @@ def compared(*comparisons):
 # everything else
 
 DEMO = {
-    'seed': ('seed', ''), 'psnr': ('PSNR, dB', '.1f'), 'rfd': ('rFD', '.1f'),
+    'method': ('method', ''), 'seed': ('seed', ''), 'psnr': ('PSNR, dB', '.1f'), 'rfd': ('rFD', '.1f'),
     'nats_per_token': ('nats per token', '.2f'), 'fd_cnn': ('FD-cnn', '.1f'),
-    'recognised': ('recognised', '.1%'), 'minutes': ('minutes', '.1f')
+    'recognised': ('recognised', '.1%')
 }
 MEMORY = {
     'config': ('`config/`', ''), 'parameters': ('trained parameters', ',d'),
@@ -119,10 +124,11 @@ MEMORY = {
 
 
 def demo():
-    """A row per seed of the demo, and their mean."""
-    runs = read('demo')
-    average = {key: mean(run[key] for run in runs) for key in DEMO if key != 'seed'}
-    return simple(DEMO, [*runs, {'seed': 'mean'} | average])
+    """FVAR and VAR with the settings of the demo."""
+    groups = defaultdict(list)
+    for run in read('demo'):
+        groups[run['method']].append(run)
+    return averages({key: DEMO[key] for key in ('fd_cnn', 'recognised', 'rfd', 'psnr')}, groups)
 
 
 def changes():
@@ -169,6 +175,7 @@ def speed(name):
 
 TABLES = {
     'demo': demo,
+    'demo, seeds': lambda: simple(DEMO, read('demo')),
     'changes': changes,
     'charts': lambda: quality('ablation_charts'),
     'charts, sampling': lambda: sampling('ablation_charts'),
@@ -187,6 +194,7 @@ TABLES = {
     'refocusing, sharpness': lambda: refocusing('sharpness'),
     'speed': lambda: speed('bench'),
     'speed, d12': lambda: speed('bench_d12'),
+    'speed, depths': lambda: speed('bench_depths'),
     'memory': lambda: simple(MEMORY, read('memory'))
 }
 

@@ -255,6 +255,9 @@ def test_a_row_goes_below_the_earlier_ones_and_in_place_of_later_ones(tmp_path):
     add_row(path, 1, torch.full((2, 3, 8, 8), -1.0), 'step 7')             # the run was resumed before row 1
     picture = np.asarray(Image.open(path).convert('L'))
     assert picture.shape[0] == 2 * 64 + 2 and (picture[:64, -64:] < 2).all() and (picture[66:, -64:] < 2).all()
+    path.write_text('no picture')
+    add_row(path, 1, torch.ones(2, 3, 8, 8), 'step 7')
+    assert Image.open(path).height == 2 * 64 + 2
 
 
 def test_loss_curves_are_drawn_of_what_the_log_has(tmp_path):

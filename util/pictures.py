@@ -189,7 +189,7 @@ def add_row(path, row, images, name):
     new = picture_grid(images, len(images), [name])
     top = row * (new.height + 2)
     canvas = Image.new('RGB', (new.width, top + new.height), 'white')
-    if os.path.isfile(path) and top:
+    with suppress(UserError):                               # no picture there: start with this row
         canvas.paste(old := open_picture(path, 10 ** 6), (new.width - old.width, 0))
     canvas.paste('white', (0, top, *canvas.size))           # rows of a run that was resumed before them
     canvas.paste(new, (0, top))
