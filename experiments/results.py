@@ -181,14 +181,11 @@ TABLES = {
     'charts, sampling': lambda: sampling('ablation_charts'),
     'photographs': lambda: quality('ablation_photos'),
     'photographs, sampling': lambda: sampling('ablation_photos'),
-    'length': lambda: compared(
-        ('charts, 1,200 steps', 'ablation_charts', 'full', 'var'),
-        ('charts, 4,800 steps', 'ablation_charts_4800', 'full', 'var'),
-        ('photographs, 1,200 steps', 'ablation_photos', 'full', 'var')),
     'teacher': lambda: compared(
-        ('charts, 1,200 steps', 'ablation_charts', 'full', 'no_teacher'),
-        ('charts, 4,800 steps', 'ablation_charts_4800', 'full', 'no_teacher'),
-        ('photographs, 1,200 steps', 'ablation_photos', 'full', 'no_teacher')),
+        ('charts', 'ablation_charts', 'full', 'no_teacher'),
+        ('500 charts', 'ablation_charts_500', 'full', 'no_teacher'),
+        ('500 charts, 4 × KL loss', 'ablation_charts_500', 'lambda_logit=2', 'no_teacher'),
+        ('photographs, AdamW', 'ablation_photos', 'full', 'no_teacher')),
     'aliasing': aliasing,
     'refocusing, PSNR': lambda: refocusing('psnr'),
     'refocusing, sharpness': lambda: refocusing('sharpness'),
