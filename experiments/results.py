@@ -116,7 +116,7 @@ DEMO = {
     'recognised': ('recognised', '.1%')
 }
 MEMORY = {
-    'config': ('`config/`', ''), 'parameters': ('trained parameters', ',d'),
+    'config': ('`config/`', ''), 'millions': ('million parameters', ',.0f'),
     'tokens': ('tokens per picture', ',d'), 'gib': ('GiB per GPU', '.0f'),
     'gib_validation': ('GiB, validating', '.0f'), 'tflop_per_image': ('TFLOP per picture', '.2f'),
     'hours': ('hours', ',.0f'), 'disk_gb': ('disk, GB', '.0f')
@@ -157,10 +157,10 @@ def refocusing(metric):
     """One metric of every method, by blur and noise."""
     found = defaultdict(dict)
     for row in read('refocus')['refocus']:
-        blur = f'{row["radius"]:g} px, σ = {row["noise"]:g}'
+        blur = f'{row["radius"]:.3g} px, σ = {row["noise"]:g}'
         found[blur][row['method']] = f'{row[metric]:.2f}'
     methods = next(iter(found.values()))
-    return [[metric, *methods], *([blur, *values.values()] for blur, values in found.items())]
+    return [['blur, noise', *methods], *([blur, *values.values()] for blur, values in found.items())]
 
 
 def speed(name):
@@ -183,16 +183,15 @@ TABLES = {
     'photographs, sampling': lambda: sampling('ablation_photos'),
     'teacher': lambda: compared(
         ('charts', 'ablation_charts', 'full', 'no_teacher'),
-        ('500 charts', 'ablation_charts_500', 'full', 'no_teacher'),
-        ('500 charts, 4 × KL loss', 'ablation_charts_500', 'lambda_logit=2', 'no_teacher'),
         ('photographs, AdamW', 'ablation_photos', 'full', 'no_teacher')),
     'aliasing': aliasing,
     'refocusing, PSNR': lambda: refocusing('psnr'),
     'refocusing, sharpness': lambda: refocusing('sharpness'),
     'speed': lambda: speed('bench'),
     'speed, d12': lambda: speed('bench_d12'),
-    'speed, depths': lambda: speed('bench_depths'),
-    'memory': lambda: simple(MEMORY, read('memory'))
+    'memory': lambda: simple(MEMORY, read('memory')),
+    'memory of the real run': lambda: simple(
+        MEMORY, [row for row in read('memory') if row['config'] in ('tokenizer_256', 'd16')])
 }
 
 

@@ -149,7 +149,7 @@ def cost(name):
         images = values['batch_size'] * values['steps']
         return {
             'config': name,
-            'parameters': parameters,
+            'millions': parameters / 1e6,
             'tokens': sum(p * p for p in run.structure.patch_nums),
             'gib': train['bytes'] / 2 ** 30,
             'gib_validation': validation['bytes'] / 2 ** 30,
@@ -170,7 +170,7 @@ def growth():
         row = cost(name)
         table.append(row)
         runtime.say(
-            f'{name:14} {row["parameters"] / 1e6:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} '
+            f'{name:14} {row["millions"]:6.0f}M {row["tokens"]:6} {row["gib"]:12.1f} '
             f'{row["gib_validation"]:11.1f} {row["tflop_per_image"]:12.2f} {row["hours"]:6.0f} '
             f'{row["disk_gb"]:9.1f}')
     return table
