@@ -109,7 +109,7 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
 def reflect_pad(images, margin):
     if margin >= images.shape[-1]:
         side = images.shape[-1]
-        raise UserError(f'a blur of {margin} pixels does not fit an image of {side}: lower the radius')
+        raise UserError(f'a blur of {margin} pixels does not fit an image of {side}: lower it, or max_radius')
     return F.pad(images, (margin,) * 4, mode='reflect') if margin else images
 
 

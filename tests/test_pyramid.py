@@ -183,7 +183,7 @@ def test_a_blur_wider_than_the_image_is_refused():
     images = normal(1, 3, 16, 16)
     assert defocus(images, 15.5).shape == images.shape
     for blur in (lambda: defocus(images, 15.6), lambda: defocus_decimate(images, 15.6, 4)):
-        with pytest.raises(UserError, match='16 pixels does not fit an image of 16: lower the radius'):
+        with pytest.raises(UserError, match='16 pixels does not fit an image of 16: lower it, or max_radius'):
             blur()
 
 

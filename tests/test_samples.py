@@ -250,9 +250,9 @@ def test_a_partial_file_that_was_cut_short_is_not_trusted(samples, whole, interr
     (['--num_samples=-3'], '--num_samples=-3: must be at least 0'),
     (['--num_samples=30', '--classes=1'], '--num_samples take no --classes'),
     (['--num_samples=30', '--export={folder}'], 'give only one of --edit, --refocus, --num_samples and --export'),
-    (['--out={folder}/samples.npz'], 'samples.npz: give --num_samples=NUMBER'),
+    (['--out={folder}/samples.npz'], 'samples.npz: needs --num_samples=NUMBER'),
     (['--num_samples=30', '--out={folder}'], 'a file name ending in .npz'),
-    (['--num_samples=30', '--out={folder}/folder.npz'], 'folder.npz: give --num_samples=NUMBER, and as --out a file'),
+    (['--num_samples=30', '--out={folder}/folder.npz'], 'folder.npz: needs --num_samples=NUMBER and a file name'),
     (['--num_samples=30', '--out={folder}/samples.png'], 'a file name ending in .npz'),
     (['--num_samples=30', '--out={folder}/file/samples.npz'], '/file: File exists; check the path'),
 ])
