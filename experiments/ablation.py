@@ -42,7 +42,7 @@ from util.pictures import picture_grid, save_png
 
 # input and output
 out_dir = 'out-ablation'        # folder for tokenizers, token files, students and evaluations
-results = 'results/ablation_charts.json'
+results = 'results/ablation_charts.json'    # one entry per row and seed; one file per budget
 data = 'charts:4000'            # 4000 training charts, or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg
 base = 'config/desk.py'         # network sizes and learning rates of all rows
 rows = ''                       # a selection, for example var,full,focus_schedule=states (default: all)

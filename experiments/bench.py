@@ -199,8 +199,7 @@ def bench_sample(b):
 def bench_depths(b):
     def forward_of(name):
         first = settings(train_tokenizer, 'config/tokenizer_256.py')
-        d = set_up(first, settings(train_fvar, f'config/{name}.py'), 1000, 1, b.dev, b.autocast,
-                   b.scaler)
+        d = set_up(first, settings(train_fvar, f'config/{name}.py'), 1000, 1, b.dev, b.autocast, b.scaler)
         label = torch.zeros(1, dtype=torch.int64, device=b.dev)
         return partial(inference, b, d.student.eval(), label, d.structure.token_inputs(d.tokens))
 

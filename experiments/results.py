@@ -15,6 +15,7 @@ from util import runtime
 from util.checkpoint import atomic_write, read_json
 
 DOCUMENTS = ('README.md', 'RESULTS.md')
+TITLES = TABLE_3 | VARIATIONS    # of an ablation's rows, in their order
 
 
 def read(name):
@@ -35,12 +36,10 @@ def simple(columns, rows):
 # ablations
 
 def runs_by_row(name):
-    """{name of a row: {seed: its run}}, in the ablation's order."""
+    """{row: {seed: its run}} of an ablation, in the order of TITLES."""
     found = defaultdict(dict)
-    for row, title in (TABLE_3 | VARIATIONS).items():
-        for run in read(name)['runs']:
-            if run['row'] == row:
-                found[title][run['seed']] = run
+    for run in sorted(read(name)['runs'], key=lambda run: list(TITLES).index(run['row'])):
+        found[run['row']][run['seed']] = run
     return found
 
 
@@ -79,19 +78,19 @@ def quality(name):
         'psnr': ('PSNR, dB', '.2f'), 'ssim': ('SSIM', '.3f'), 'rfd': ('rFD', '.2f'),
         'bits': ('bits per image', '.1f'), 'recognised': ('recognised', '.1%')
     }
-    return averages(columns, {title: by_seed.values() for title, by_seed in runs_by_row(name).items()})
+    return averages(columns, {TITLES[row]: by_seed.values() for row, by_seed in runs_by_row(name).items()})
 
 
 def sampling(name):
     """FD-cnn of every row with each way of sampling, and how far it is from VAR's, seed by seed."""
     found = runs_by_row(name)
-    var = found[TABLE_3['var']]
+    var = found['var']
     ways = sorted(how for *how, _ in var[0]['fd_sampled'])
     table = [['FD-cnn', *(cell for way in ways for cell in ('cfg {:g}, top_p {:g}'.format(*way), '− VAR'))]]
-    for title, by_seed in found.items():
+    for row, by_seed in found.items():
         fds = [(distances(by_seed, way), distances(var, way)) for way in ways]
-        table.append([title, *(cell for fd, of_var in fds
-                               for cell in (mean_std(fd.values(), '.2f'), difference(fd, of_var)))])
+        table.append([TITLES[row], *(cell for fd, of_var in fds
+                                     for cell in (mean_std(fd.values(), '.2f'), difference(fd, of_var)))])
     return table
 
 
@@ -99,7 +98,8 @@ def compared(*comparisons):
     """FD-cnn and bits of two rows beside each other. comparisons: (label, file, row, the other row)."""
     table = [['', 'seeds', 'FD-cnn', 'of the other', 'difference', 'bits per image', 'of the other']]
     for label, name, *rows in comparisons:
-        both = [runs_by_row(name)[(TABLE_3 | VARIATIONS)[row]] for row in rows]
+        found = runs_by_row(name)
+        both = [found[row] for row in rows]
         fd, other = ({seed: run['fd'] for seed, run in by_seed.items()} for by_seed in both)
         bits, other_bits = (mean(run['bits'] for run in by_seed.values()) for by_seed in both)
         table.append([label, str(len(fd)), mean_std(fd.values(), '.2f'), mean_std(other.values(), '.2f'),
@@ -144,10 +144,11 @@ def changes():
 
 def aliasing():
     """Alias and kept energy of every view, by what blurred it."""
+    views_of = read('aliasing')['pyramid']
     filters = {'disk matched': 'disk', 'disk cosine': 'cosine', 'Gaussian': 'Gaussian'}
     table = [['step s_k', 'no blur: alias']]
     table[0] += [f'{name}: {key}' for name in filters.values() for key in ('alias', 'kept')]
-    for plain, *views in zip(*(read('aliasing')['pyramid'][key] for key in ('none', *filters))):
+    for plain, *views in zip(*(views_of[key] for key in ('none', *filters))):
         cells = [plain['alias'], *(view[key] for view in views for key in ('alias', 'kept'))]
         table.append([f'{plain["step"]:.3g}', *(f'{cell:.1%}' for cell in cells)])
     return table
