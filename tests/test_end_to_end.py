@@ -416,7 +416,7 @@ def another_tokenizer(out):
 
 BAD = {
     'mistyped option': ('train_fvar', '--stpes=3', None, "--stpes=3: unknown setting 'stpes'; did you mean 'steps'?"),
-    'wrong type': ('sample', '--per_class=many', None, "--per_class takes int (default 8); got str 'many'"),
+    'wrong type': ('sample', '--per_class=many', None, "--per_class takes int (default 8); got 'many'"),
     'no such config': ('encode', 'config/chart.py', None, 'config/chart.py: no such config file'),
     'dtype': ('train_tokenizer', '--dtype=float13', None, '--dtype=float13: choose auto, float32, bfloat16 or float16'),
     'float16 without a GPU': ('train_fvar', '--dtype=float16', None, '--dtype=float16 needs a GPU'),
