@@ -67,8 +67,8 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         noise = runtime.noise_of(batch, dev, seed, split)
         with autocast():
             maps = structure.encode(images, noise) + alias.encode(images, noise)
-        skipped = dataset.skipped                           # those of this batch are known by now
-        labels[[row % count in skipped for row in batch]] = UNREADABLE
+        # those of this batch are known by now
+        labels[dataset.skipped[[row % count for row in batch]]] = UNREADABLE
         tokens = torch.cat([*maps, runtime.to_device(labels[:, None], dev)], 1)
         table[batch.start:batch.stop] = tokens.cpu().numpy()
         bar.update()

@@ -31,7 +31,7 @@ def load_images(dataset, count, workers=0):
     workers: processes that decode images.
     """
     batches = evenly_over_classes(dataset.labels, count).split(256)
-    images, labels = zip(*fetch(dataset, [batch.tolist() for batch in batches], workers))
+    images, labels = zip(*fetch(dataset, batches, workers))
     return torch.cat(images), torch.cat(labels)
 
 
