@@ -42,15 +42,11 @@ def read_samples(path, image_size, classes):
     """
     if os.path.isdir(path):
         return read_folder(path, image_size, classes)
-    if not os.path.isfile(path):
-        raise UserError(f'--samples={path}: no such folder or file')
     arrays = load_arrays(path, ('arr_0', 'arr_1'))
-    images = to_images(path, arrays.get('arr_0'), image_size)
-    labels = arrays.get('arr_1')
+    images, labels = to_images(path, arrays.get('arr_0'), image_size), arrays.get('arr_1')
     if labels is None:
         return images, None
-    if (labels.shape != (len(images),) or labels.dtype.kind not in 'iu'
-            or not 0 <= labels.min() <= labels.max() < len(classes)):
+    if labels.shape != (len(images),) or not np.isin(labels, range(len(classes))).all():
         raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {len(classes) - 1}')
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -71,12 +67,10 @@ def read_reference(path, image_size):
     if arrays.keys() <= {'arr_0'}:
         return images, None
     mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    valid = (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind + sigma.dtype.kind == 'ff'
-             and np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4))
-    if not valid:
+    if not (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind + sigma.dtype.kind == 'ff'
+            and np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4)):
         raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception '
-                        f'features, finite and symmetric, but are {mu.dtype} {mu.shape} and {sigma.dtype} '
-                        f'{sigma.shape}')
+                        f'features, finite and symmetric floats')
     return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
@@ -94,10 +88,10 @@ def read_folder(path, image_size, classes=()):
     # sorted by name they would be in class order, which says nothing about how the samples were made
     order = torch.randperm(len(files), generator=runtime.generator('order of the files'))
     folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
-    if not set(folders) <= set(classes):
-        return images[order], None
-    labels = torch.tensor([classes.index(folder) for folder in folders])
-    return images[order], labels[order]
+    labels = None
+    if set(folders) <= set(classes):
+        labels = torch.tensor([classes.index(folder) for folder in folders])[order]
+    return images[order], labels
 
 
 def load_arrays(path, names):
@@ -106,21 +100,17 @@ def load_arrays(path, names):
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
     except Exception as error:                              # NumPy raises nearly anything on a broken file
-        raise UserError(f'{path} cannot be read: damaged, or not an .npz of plain arrays '
+        raise UserError(f'{path} cannot be read: missing, damaged, or not an .npz of plain arrays '
                         f'({type(error).__name__})') from None
 
 
 def to_images(path, array, image_size):
     """An array (N, S, S, 3) uint8 as (N, 3, S, S). Raises UserError for something else. path: its file."""
-    if array is None:
-        raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
-    if array.dtype != np.uint8 or array.shape[3:] != (3,) or not len(array):
-        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), rounded values from 0 to 255, but is '
-                        f'{array.dtype} {array.shape}')
-    height, width = array.shape[1:3]
-    if not height == width == image_size:
-        raise UserError(f'{path}: {width} × {height} px, but the tokenizer\'s images are {image_size} × '
-                        f'{image_size}; a distance between them would measure the resizing')
+    wrong = array is None or array.dtype != np.uint8 or array.shape[1:] != (image_size, image_size, 3)
+    if wrong or not len(array):
+        found = 'missing' if array is None else f'{array.dtype} {array.shape}'
+        raise UserError(f'{path}: images (arr_0) must be uint8 (N, {image_size}, {image_size}, 3) like the '
+                        f"tokenizer's, or a distance would measure the resizing, but are {found}")
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
