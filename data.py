@@ -11,7 +11,6 @@ another number of ranks.
 """
 import glob
 import itertools
-import json
 import os
 import signal
 import sys
@@ -54,7 +53,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # by
 
 
 def class_folders(folder):
-    """Sorted names of the class folders, in numeric order if all are whole numbers. Empty if there is none."""
+    """Sorted names of the class folders, in numeric order if all are whole numbers. [] if there is none."""
     names = sorted(map(os.path.dirname, glob.glob('*/', root_dir=folder)))
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
@@ -84,9 +83,9 @@ def report_left_out(folder, files):
                     f'class folder, such as {files[:3]!a}')
 
 
-def check_ranks_agree(what, texts):
-    """Raises UserError on every rank unless all ranks have the same texts."""
-    number = runtime.seed_of(*texts)                        # a hash of them
+def check_ranks_agree(what, value):
+    """Raises UserError on every rank unless all ranks have the same value, of plain Python types."""
+    number = runtime.seed_of(repr(value))                   # a hash
     most, least = runtime.all_reduce_max(torch.tensor([number, -number])).tolist()
     if most != -least:
         raise UserError(f'{what}: not the same on every rank; give all machines the same files')
@@ -237,11 +236,8 @@ def endless_keys(count, batch_size, seed, start=0):
     span epochs. Ranks take contiguous parts. There is no state to save.
     """
     for step in itertools.count(start):
-        keys = []
-        for position in runtime.sample_numbers(step, batch_size):
-            epoch, place = divmod(position, count)
-            keys.append((permutation(count, seed, epoch)[place], position))
-        yield keys
+        yield [(permutation(count, seed, position // count)[position % count], position)
+               for position in runtime.sample_numbers(step, batch_size)]
 
 
 def batches(dataset, batch_size, seed, start=0, workers=0):
@@ -259,15 +255,11 @@ def evenly_spaced(dataset, count):
 
 
 def fetch(dataset, batches_of_keys, workers=0):
-    """Yields (images, labels) for each list of keys: indices, or (index, position) for random crops."""
-    loader = DataLoader(
+    """Iterator over (images, labels) of each batch of keys: indices, or (index, position) for random crops."""
+    return iter(DataLoader(
         dataset, batch_sampler=batches_of_keys, num_workers=workers, worker_init_fn=leave_signals_to_training,
         multiprocessing_context='fork' if workers else None,    # a spawned worker would run the script again
-        generator=torch.Generator())                            # without it, the global one would advance
-    try:
-        yield from loader
-    except UserError as error:                              # a worker's error includes its traceback
-        raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+        generator=torch.Generator()))                           # without it, the global one would advance
 
 
 def leave_signals_to_training(worker):
@@ -314,7 +306,7 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     same settings (a dictionary of JSON values). Otherwise the file is started again. Raises UserError if the
     ranks' settings differ.
     """
-    check_ranks_agree(f'what {path} is made with', [json.dumps(made_with)])
+    check_ranks_agree(f'what {path} is made with', made_with)
     path, description = Path(path), Path(f'{path}.json')
     size = rows * columns * np.dtype(dtype).itemsize
     known = read_json(description) or {}
@@ -377,7 +369,7 @@ class TokenDataset:
                             f'missing, damaged or from different runs; run encode.py')
         if tokenizer_digest and meta.get('tokenizer') != tokenizer_digest:
             raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
-        check_ranks_agree(ascii(str(self.path)), [json.dumps(meta)])
+        check_ranks_agree(ascii(str(self.path)), meta)
 
     def __len__(self):
         return len(self.tokens)
