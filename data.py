@@ -255,7 +255,7 @@ def evenly_spaced(dataset, count):
 
 
 def fetch(dataset, batches_of_keys, workers=0):
-    """Iterator over (images, labels) of each batch of keys: indices, or (index, position) for random crops."""
+    """Iterator over (images, labels), from lists of keys: indices, or (index, position) for random crops."""
     return iter(DataLoader(
         dataset, batch_sampler=batches_of_keys, num_workers=workers, worker_init_fn=leave_signals_to_training,
         multiprocessing_context='fork' if workers else None,    # a spawned worker would run the script again
