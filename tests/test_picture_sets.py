@@ -82,11 +82,9 @@ def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
 
 
 @pytest.mark.parametrize('arrays, message', [
-    ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be mean .2048,. and covariance .2048, 2048.'),
-    ({'sigma': np.zeros(0)}, 'must be mean'),
-    ({'mu': np.zeros(2048, np.int64)}, 'must be mean'),
-    ({'mu': np.full(2048, np.nan)}, 'finite and symmetric'),
-    ({'sigma': np.eye(2048, k=1)}, 'finite and symmetric'),
+    ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be the finite mean .2048,. and covariance .2048, 2048.'),
+    ({'sigma': np.zeros(0)}, 'must be the finite mean'),
+    ({'mu': np.full(2048, np.nan)}, 'must be the finite mean'),
     ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, 'but are uint8 .9, 32, 32, 3.'),
 ])
 def test_statistics_of_something_else_are_named(tmp_path, arrays, message):

@@ -54,9 +54,9 @@ def read_samples(path, image_size, classes):
 def read_reference(path, image_size):
     """Images from a folder or an .npz to measure distances against, and the published statistics in the .npz.
 
-    These are (mu (2048,), sigma (2048, 2048)) of Inception features, or None. An .npz of
-    statistics may have images too, like those for guided-diffusion's evaluator; otherwise the images are
-    (0, 3, S, S). Raises UserError for statistics of other features.
+    These are (mu (2048,), sigma (2048, 2048)) of Inception features, or None. An .npz of statistics may have
+    images too, like those for guided-diffusion's evaluator; otherwise the images are (0, 3, S, S). Raises
+    UserError for statistics of other features.
     """
     if os.path.isdir(path):
         return read_folder(path, image_size)[0], None
@@ -67,10 +67,9 @@ def read_reference(path, image_size):
     if arrays.keys() <= {'arr_0'}:
         return images, None
     mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    if not (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind + sigma.dtype.kind == 'ff'
-            and np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4)):
-        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception '
-                        f'features, finite and symmetric floats')
+    if (mu.shape, sigma.shape) != ((2048,), (2048, 2048)) or not np.isfinite(mu.sum() + sigma.sum()):
+        raise UserError(f'{path}: mu and sigma must be the finite mean (2048,) and covariance (2048, 2048) '
+                        f'of Inception features')
     return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
@@ -163,8 +162,7 @@ def check_samples(images, labels, num_classes, reference=(), path=''):
                          'class frequencies are not checked'),
     ]
     if labels is not None:
-        frequency = labels.bincount(minlength=num_classes)
-        least, most = frequency.min(), frequency.max()
+        least, most = labels.bincount(minlength=num_classes).aminmax()
         in_order = num_classes > 1 and (labels.diff() >= 0).all()
         flaws += [
             (least < most, f'{least} to {most} samples per class: the distance counts this as an error'),
