@@ -80,12 +80,10 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
                 if row[-1] != UNREADABLE:
                     file.write(row)
         kept = final.stat().st_size // (2 * columns)
-        if kept < len(table):
-            runtime.say(f'warning: {len(table) - kept} of {len(table)} rows of {split} left out: '
-                        f'their images cannot be read')
         write_json(description, meta | {'rows': kept})
         close_table(partial)
-        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
+        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB; '
+                    f'left out, because their images cannot be read: {len(table) - kept}')
     runtime.barrier()
 
 
