@@ -142,20 +142,16 @@ def read_config_file(path, script, settings):
     return values
 
 
-def print_help(doc, settings, comments):
-    print(doc, '\nSettings, overridden by a config file or --name=value:\n')
-    for name, comment in comments.items():
-        setting = f'--{name.rstrip("_")}={settings[name]!r}'
-        print(f'  {setting:36}  {comment}')
-
-
 def parse(namespace, arguments, positional=None):
-    """What the arguments override, as {name: value}; see configure()."""
+    """What the arguments override, as {name: value}; see configure(). --help prints settings and exits."""
     source_file = namespace['__file__']
     comments = read_settings(source_file)
     settings = {name: namespace[name] for name in comments}
     if '--help' in arguments or '-h' in arguments:
-        print_help(namespace['__doc__'], settings, comments)
+        print(namespace['__doc__'], '\nSettings, overridden by a config file or --name=value:\n')
+        for name, comment in comments.items():
+            setting = f'--{name.rstrip("_")}={settings[name]!r}'
+            print(f'  {setting:36}  {comment}')
         raise SystemExit(0)
 
     values = {}

@@ -361,12 +361,11 @@ class TokenDataset:
             limits = meta['vocab_size'], meta['alias_vocab_size'], len(self.classes)
             self.limits = np.repeat(limits, self.lengths)       # per column
             self.tokens = np.memmap(self.path, '<u2', 'r').reshape(-1, len(self.limits))
-            fits = self.tokens.shape == (meta['rows'], meta['columns'])
+            if self.tokens.shape != (meta['rows'], meta['columns']):
+                raise ValueError
         except (FileNotFoundError, KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
             raise UserError(f'no usable token files {split}.bin and {split}.json in {str(folder)!a}: '
-                            f'missing, damaged or from different runs; run encode.py')
+                            f'missing, damaged or from different runs; run encode.py') from None
         if tokenizer_digest and meta.get('tokenizer') != tokenizer_digest:
             raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
         check_ranks_agree(ascii(str(self.path)), meta)
