@@ -15,14 +15,13 @@ docstring and the settings with their comments.
 """
 import ast
 import difflib
-import keyword
 import os
+import runpy
 import sys
 import traceback
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,7 +64,7 @@ def read_settings(source_file):
     for node in ast.parse(source).body:
         if not isinstance(node, ast.Assign):
             continue
-        if isinstance(node.value, ast.Call) and getattr(node.value.func, 'id', '') == 'configure':
+        if ast.unparse(node.value).startswith('configure('):
             return settings
         comment = lines[node.end_lineno - 1][node.end_col_offset:].strip(' #')
         for target in ast.walk(node.targets[0]):
@@ -84,23 +83,18 @@ def settings_of_all_scripts():
 def check_type(name, value, default):
     """Converts a value to the type of its default (int → float, list → tuple). UserError if it does not fit.
 
-    Numbers must be finite, and may be negative only if the default is (−1 often means automatic).
+    Numbers must be finite, and may be negative only if the default is (−1 often means automatic). Items of a
+    tuple are like the first of its default.
     """
-    wanted, given = type(default), type(value)
-    if wanted in (int, float) and given in (int, float) and not min(default, 0) <= value < 2 ** 63:
+    wanted = type(default)
+    if (wanted, type(value)) in ((float, int), (tuple, list)):
+        value = wanted(value)
+    if type(value) is not wanted:
+        raise UserError(f'--{name} takes {wanted.__name__} (default {default!r}); got {value!r}')
+    if wanted in (int, float) and not min(default, 0) <= value < 2 ** 63:
         raise UserError(f'--{name}={value}: must be at least {min(default, 0)} and less than 2^63')
-    if (wanted, given) == (float, int):
-        return float(value)
-    if (wanted, given) == (tuple, list):
-        return check_type(name, tuple(value), default)
-    if given is not wanted:
-        raise UserError(f'--{name} takes {wanted.__name__} (default {default!r}); '
-                        f'got {given.__name__} {value!r}')
     if wanted is tuple and default:
-        kind = type(default[0])
-        if not {type(item) for item in value} <= {kind, int if kind is float else kind}:
-            raise UserError(f'--{name} takes {kind.__name__}s separated by commas, '
-                            f'for example {default}; got {value!r}')
+        return tuple(check_type(name, item, default[0]) for item in value)
     return value
 
 
@@ -128,48 +122,43 @@ def read_config_file(path, script, settings):
     path = str(path)
     if not Path(path).is_file():
         raise UserError(f'{path}: no such config file')
-    scope = {'script': script, '__file__': path}
     try:
-        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
+        scope = runpy.run_path(path, {'script': script})
     except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = frames[-1].lineno if frames else getattr(error, 'lineno', 1)
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [getattr(error, 'lineno', 1), *(frame.lineno for frame in frames if frame.filename == path)]
         reason = ' '.join(str(error).splitlines())
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from None
+        raise UserError(f'{path}, line {lines[-1]}: {type(error).__name__}: {reason}') from None
 
     values = {}
     del scope['script']
     for name, value in scope.items():
         if name in settings:
             values[name] = check_type(name, value, settings[name])
-        elif not (name.startswith('_') or isinstance(value, ModuleType) or callable(value)):
-            if name not in settings_of_all_scripts():
-                raise unknown(name, settings_of_all_scripts(), path)
+        elif name.startswith('_') or hasattr(value, '__name__'):            # modules, functions and classes
+            continue
+        elif name not in settings_of_all_scripts():
+            raise unknown(name, settings_of_all_scripts(), path)
     return values
 
 
-def print_help(doc, settings, comments):
-    print(doc.strip(), '\n\nSettings, overridden by a config file or --name=value:\n')
-    shown = {name: f'--{name.rstrip("_")}={value!r}' for name, value in settings.items()}
-    width = min(44, max(map(len, shown.values())))
-    for name, text in shown.items():
-        print(f'  {text:{width}}  {comments[name]}'.rstrip())
-
-
 def parse(namespace, arguments, positional=None):
-    """What the arguments override, as {name: value}; see configure()."""
+    """What the arguments override, as {name: value}; see configure(). --help prints settings and exits."""
     source_file = namespace['__file__']
     comments = read_settings(source_file)
     settings = {name: namespace[name] for name in comments}
     if '--help' in arguments or '-h' in arguments:
-        print_help(namespace['__doc__'] or '', settings, comments)
+        print(namespace['__doc__'], '\nSettings, overridden by a config file or --name=value:\n')
+        for name, comment in comments.items():
+            setting = f'--{name.rstrip("_")}={settings[name]!r}'
+            print(f'  {setting:36}  {comment}')
         raise SystemExit(0)
 
     values = {}
     for argument in arguments:
         if argument.startswith('--'):
             name, equals, text = argument[2:].partition('=')
-            key = name + '_' * keyword.iskeyword(name)      # --class sets class_
+            key = name if name in settings else f'{name}_'  # --class sets class_
             if key not in settings:
                 raise unknown(name, settings, argument)
             if not equals and settings[key] is not False:

@@ -9,18 +9,13 @@ Images stay uint8 (3, S, S) until they are on the device; normalize() makes them
 of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even on
 another number of ranks.
 """
-import errno
-import hashlib
+import glob
 import itertools
-import json
-import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from configurator import UserError
 from util import runtime
@@ -58,9 +53,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # by
 
 
 def class_folders(folder):
-    """Sorted names of the class folders, in numeric order if all are whole numbers."""
-    names = sorted(entry.name for entry in os.scandir(folder)
-                   if os.path.isdir(entry) and not entry.name.startswith('.'))
+    """Sorted names of the class folders, in numeric order if all are whole numbers. [] if there is none."""
+    names = sorted(map(os.path.dirname, glob.glob('*/', root_dir=folder)))
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 
@@ -83,17 +77,15 @@ def pictures_below(folder):
 
 
 def report_left_out(folder, files):
-    """Says in one line how many files of a folder are not used."""
+    """Says in one line how many files of a folder are not used, and names three."""
     if files:
-        kinds = Counter(os.path.splitext(file)[1].lower() for file in files)
         runtime.say(f'warning: {folder!a}: left out {len(files)} files that are not pictures or not in a '
-                    f'class folder, mostly {dict(kinds.most_common(3))!a}')
+                    f'class folder, such as {files[:3]!a}')
 
 
-def check_ranks_agree(what, texts):
-    """Raises UserError on every rank unless all ranks have the same texts."""
-    hashed = hashlib.blake2b(os.fsencode('\n'.join(texts)), digest_size=7).digest()
-    number = int.from_bytes(hashed, 'big')
+def check_ranks_agree(what, value):
+    """Raises UserError on every rank unless all ranks have the same value, of plain Python types."""
+    number = runtime.seed_of(repr(value))                   # a hash
     most, least = runtime.all_reduce_max(torch.tensor([number, -number])).tolist()
     if most != -least:
         raise UserError(f'{what}: not the same on every rank; give all machines the same files')
@@ -105,8 +97,8 @@ def read_picture(path, least_side):
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but with no side below least_side (pixels). Raises
     whatever Pillow raises for files it cannot read; there is no common class.
     """
-    if os.path.exists(path) and not os.path.isfile(path):   # reading a pipe would wait for ever
-        raise OSError('not a file')
+    if not os.path.isfile(path):                            # reading a pipe would wait for ever
+        raise FileNotFoundError('missing or not a file')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with Image.open(path, formats=FORMATS) as image:
@@ -115,8 +107,8 @@ def read_picture(path, least_side):
             with suppress(Exception):                       # rubbish in EXIF or XMP: the pixels are fine
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I'):                  # 16-bit grey, which convert() would clip at 255
-                grey = np.asarray(image).astype(np.float32) / 257
-                image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
+                grey = np.rint(np.asarray(image).clip(0, 65535) / 257)
+                image = Image.fromarray(grey.astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -136,7 +128,7 @@ def square_crop(image, size, side, across=0.5, down=0.5):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-class ImageFolder(Dataset):
+class ImageFolder:
     """Pictures in root/split/<class>/, at any depth and in any format that Pillow reads.
 
     dataset[index] is the centre crop and the label; dataset[index, position] is a random crop, drawn from
@@ -144,32 +136,25 @@ class ImageFolder(Dataset):
     shorter side resized to 1.125 S. If root/train exists, classes are its folders, so that labels mean the
     same in every split. files: list of paths; labels: (N,) int64.
 
-    Unreadable files are skipped: each is named in one line on stderr and listed in `skipped`, and the next
-    readable file takes its place. Raises UserError if the split, its classes or their pictures are missing,
-    if train lacks a class, if no file can be read, and if the ranks find different files.
+    Unreadable files are skipped: each is named in one line on stderr and marked in `skipped` (N,), and the
+    next readable file takes its place. Raises UserError if the split, its classes or their pictures are
+    missing, if train lacks a class, if no file can be read, and if the ranks find different files.
     """
 
     def __init__(self, root, split, image_size, flip=False, seed=0):
-        root = os.path.expanduser(root)
-        folder, train = os.path.join(root, split), os.path.join(root, 'train')
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder!a}: no such folder; data must be 'charts' or a folder with "
-                            f'train/<class>/*.jpg and val/<class>/*.jpg')
+        folder, train = (os.path.join(os.path.expanduser(root), name) for name in (split, 'train'))
         names = class_folders(folder)
         if not names:
-            raise UserError(f'{folder!a} has no class folders; put its pictures in {split}/<class>/')
-        self.classes = class_folders(train) if os.path.isdir(train) else names
-
+            raise UserError(f"{folder!a}: no such folder, or it has no class folders; data must be 'charts' "
+                            f'or a folder with train/<class>/*.jpg and val/<class>/*.jpg')
+        self.classes = class_folders(train) or names
         self.files, labels = [], []
-        left_out = [entry.name for entry in os.scandir(folder)
-                    if not os.path.isdir(entry) and not entry.name.startswith('.')]
+        left_out = [name for name in glob.glob('*', root_dir=folder) if name not in names]
         for name in names:
-            if name not in self.classes:
-                raise UserError(f'class {name!a} of {folder!a} is not in train; rename it or add it there')
             files, others = pictures_below(os.path.join(folder, name))
-            if not files:
+            if not files or name not in self.classes:
                 raise UserError(f'class {name!a} of {folder!a} has no pictures that Pillow reads, such as '
-                                f'.jpg or .png; add some or remove the folder')
+                                f'.jpg, or is not in train; add some or remove the folder')
             self.files += files
             left_out += others
             labels += [self.classes.index(name)] * len(files)
@@ -179,12 +164,7 @@ class ImageFolder(Dataset):
         self.image_size, self.flip, self.seed = image_size, flip, seed
         self.resized_side = round(1.125 * image_size)
         # shared, because loader workers write to it
-        self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-
-    @property
-    def skipped(self):
-        """Indices of the files found unreadable so far, by this process or a loader worker."""
-        return set(self.unreadable.nonzero().flatten().tolist())
+        self.skipped = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.files)
@@ -195,7 +175,7 @@ class ImageFolder(Dataset):
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             image = self.load(candidate)
             if image is not None:
-                return self.crop(image, position), int(self.labels[candidate])
+                return self.crop(image, position), self.labels[candidate]
         raise UserError(f'none of the {len(self)} pictures can be read, starting with {self.files[0]!a}; '
                         f'the lines above say why')
 
@@ -205,10 +185,10 @@ class ImageFolder(Dataset):
             # twice the size needed: Lanczos halves better than the JPEG decoder
             return read_picture(self.files[index], 2 * self.resized_side)
         except Exception as error:                          # Pillow raises nearly anything on a broken file
-            if not self.unreadable[index]:
+            if not self.skipped[index]:
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())
                 print(f'warning: skipped {self.files[index]!a}: {reason}', file=sys.stderr)
-            self.unreadable[index] = True
+            self.skipped[index] = True
 
     def crop(self, image, position=None):
         """A uint8 (3, S, S) crop of a PIL image: random if there is a position, otherwise at the centre."""
@@ -224,26 +204,21 @@ def open_dataset(data, split, image_size, count=None, flip=False, seed=0):
     """'charts' (count images; by default 12,000 for train and 1,000 for val), or a folder of images (all).
 
     'charts:4000' has 4,000 for train. flip and seed are for the random crops of a folder; charts are always
-    the same. Raises UserError for a size below 1 or a count that is not a number.
+    the same. Raises UserError if that is not a number, and warns if most pictures of a folder, judging by
+    eight of them, have less than a quarter of the full contrast.
     """
     name, _, train_count = data.partition(':')
-    if image_size < 1:
-        raise UserError(f'image_size={image_size}: must be at least 1')
-    if name != 'charts':
-        folder = ImageFolder(data, split, image_size, flip, seed)
-        warn_if_flat(folder, f'{data}/{split}')
-        return folder
-    if train_count and not train_count.isdecimal():
-        raise UserError(f'data={data!r}: write charts, or charts:4000 to train on 4000 of them')
-    return Charts(split, image_size, count or (int(train_count or 12_000) if split == 'train' else 1_000))
-
-
-def warn_if_flat(dataset, name):
-    """Warns if most pictures have less than a quarter of the full contrast, judging by eight of them."""
-    pixels = evenly_spaced(dataset, 8)[0].flatten(1)
+    if name == 'charts':
+        train_count = train_count or '12000'
+        if not train_count.isdecimal() or int(train_count) < 1:
+            raise UserError(f'data={data!r}: write charts, or charts:4000 to train on 4000 of them')
+        return Charts(split, image_size, count or (int(train_count) if split == 'train' else 1_000))
+    folder = ImageFolder(data, split, image_size, flip, seed)
+    pixels = evenly_spaced(folder, 8)[0].flatten(1)
     if (pixels.amax(1) - pixels.amin(1)).median() <= 64:
-        runtime.say(f'warning: most pictures of {name!a} are nearly flat or nearly black; scale values of 10 '
-                    f'to 14 bits to 16 bits, and floating-point values to 255')
+        runtime.say(f'warning: most pictures of {data!a} ({split}) are nearly flat or nearly black; scale '
+                    f'values of 10 to 14 bits to 16 bits, and floating-point values to 255')
+    return folder
 
 
 # -----------------------------------------------------------------------------
@@ -261,11 +236,8 @@ def endless_keys(count, batch_size, seed, start=0):
     span epochs. Ranks take contiguous parts. There is no state to save.
     """
     for step in itertools.count(start):
-        keys = []
-        for position in runtime.sample_numbers(step, batch_size):
-            epoch, place = divmod(position, count)
-            keys.append((int(permutation(count, seed, epoch)[place]), position))
-        yield keys
+        yield [(permutation(count, seed, position // count)[position % count], position)
+               for position in runtime.sample_numbers(step, batch_size)]
 
 
 def batches(dataset, batch_size, seed, start=0, workers=0):
@@ -279,19 +251,15 @@ def batches(dataset, batch_size, seed, start=0, workers=0):
 def evenly_spaced(dataset, count):
     """Centre crops and labels of at most `count` items, evenly spaced because folders are sorted by class."""
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return next(fetch(dataset, [indices.tolist()]))
+    return next(fetch(dataset, [indices]))
 
 
 def fetch(dataset, batches_of_keys, workers=0):
-    """Yields (images, labels) for each list of keys: indices, or (index, position) for random crops."""
-    loader = DataLoader(
+    """Iterator over (images, labels), from lists of keys: indices, or (index, position) for random crops."""
+    return iter(DataLoader(
         dataset, batch_sampler=batches_of_keys, num_workers=workers, worker_init_fn=leave_signals_to_training,
         multiprocessing_context='fork' if workers else None,    # a spawned worker would run the script again
-        generator=torch.Generator())                            # without it, the global one would advance
-    try:
-        yield from loader
-    except UserError as error:                              # a worker's error includes its traceback
-        raise UserError(str(error).strip().split('UserError: ')[-1]) from None
+        generator=torch.Generator()))                           # without it, the global one would advance
 
 
 def leave_signals_to_training(worker):
@@ -316,7 +284,7 @@ def leave_signals_to_training(worker):
 def balanced_labels(num_classes, count, seed):
     """VAR's protocol: labels (count,) with every class equally often, shuffled. UserError if impossible."""
     each, rest = divmod(count, num_classes)
-    if rest or each < 1:
+    if rest or not each:
         raise UserError(f'{count} samples cannot be shared equally by {num_classes} classes: '
                         f'use a multiple of {num_classes}')
     order = torch.randperm(count, generator=runtime.generator(seed, 'order of the classes'))
@@ -338,22 +306,17 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     same settings (a dictionary of JSON values). Otherwise the file is started again. Raises UserError if the
     ranks' settings differ.
     """
-    check_ranks_agree(f'what {path} is made with', [json.dumps(made_with)])
+    check_ranks_agree(f'what {path} is made with', made_with)
     path, description = Path(path), Path(f'{path}.json')
     size = rows * columns * np.dtype(dtype).itemsize
     known = read_json(description) or {}
     kept = known == made_with and path.is_file() and path.stat().st_size == size
     if runtime.rank() == 0 and not kept:
         if path.exists():
-            changed = [name for name in made_with if known.get(name) != made_with[name]]
-            reason = f'was made with other settings ({", ".join(changed)})' if changed else 'is damaged'
-            runtime.say(f'{path} {reason}: starting again')
+            changed = [name for name in made_with if known.get(name) != made_with[name]] or ['its size']
+            runtime.say(f'{path} was made with other settings ({", ".join(changed)}): starting again')
         close_table(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if size > shutil.disk_usage(path.parent).free:
-            raise OSError(errno.ENOSPC, 'No space left on device', str(path))
-        row = np.zeros(columns, dtype)
-        row[-1] = not_yet
+        row = np.full(columns, not_yet, dtype)
         with atomic_write(path) as file:                    # in full: on a full disk a memory map would crash
             for _ in range(rows):
                 file.write(row)
@@ -393,33 +356,31 @@ class TokenDataset:
         self.path = Path(folder).expanduser() / f'{split}.bin'
         try:
             meta = self.meta = read_json(self.path.with_suffix('.json'))
-            self.classes, self.rows = meta['classes'], meta['rows']
+            self.classes = meta['classes']
             self.lengths = [*(sum(p * p for p in meta[f'{kind}patch_nums']) for kind in ('', 'alias_')), 1]
-            self.limits = meta['vocab_size'], meta['alias_vocab_size'], len(self.classes)
-            shape = self.rows, sum(self.lengths)
-            fits = self.path.stat().st_size == 2 * math.prod(shape) > 0 and meta['columns'] == shape[1]
-        except (FileNotFoundError, KeyError, TypeError):
-            fits = False
-        if not fits:
+            limits = meta['vocab_size'], meta['alias_vocab_size'], len(self.classes)
+            self.limits = np.repeat(limits, self.lengths)       # per column
+            self.tokens = np.memmap(self.path, '<u2', 'r').reshape(-1, len(self.limits))
+            if self.tokens.shape != (meta['rows'], meta['columns']):
+                raise ValueError
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
             raise UserError(f'no usable token files {split}.bin and {split}.json in {str(folder)!a}: '
-                            f'missing, damaged or from different runs; run encode.py')
-        if tokenizer_digest and self.meta.get('tokenizer') != tokenizer_digest:
+                            f'missing, damaged or from different runs; run encode.py') from None
+        if tokenizer_digest and meta.get('tokenizer') != tokenizer_digest:
             raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
-        check_ranks_agree(ascii(str(self.path)), [json.dumps(meta)])
-        self.tokens = np.memmap(self.path, dtype='<u2', mode='r', shape=shape)
+        check_ranks_agree(ascii(str(self.path)), meta)
 
     def __len__(self):
-        return self.rows
+        return len(self.tokens)
 
     def batch(self, rows):
         """Rows (array or list of indices) → structure (B, L), alias (B, La), labels (B,): int64 tensors.
 
         Raises UserError for numbers out of range.
         """
-        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
-        structure, alias, labels = parts = tokens.split(self.lengths, dim=1)
-        for name, part, limit in zip(('structure tokens', 'alias tokens', 'labels'), parts, self.limits):
-            if part.numel() and part.max() >= limit:
-                raise UserError(f'{str(self.path)!a} is damaged: {name} up to {part.max()}, but only {limit} '
-                                f'exist; delete it and run encode.py again')
+        tokens = self.tokens[rows].astype(np.int64)
+        if (tokens >= self.limits).any():
+            raise UserError(f'{str(self.path)!a} is damaged: it has numbers out of range; delete it and run '
+                            f'encode.py again')
+        structure, alias, labels = torch.from_numpy(tokens).split(self.lengths, dim=1)
         return structure, alias, labels.squeeze(1)

@@ -7,7 +7,6 @@ Reads out_dir/tokenizer.pt. Writes out_dir/tokens/{train,val}.bin and .json. Eac
 one crop of an image: structure tokens r_1 … r_K, alias tokens a_1 … a_{K−1}, label. To continue an
 interrupted run, give the same command again.
 """
-import os
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +52,20 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
 
     final = Path(out_dir, 'tokens', f'{split}.bin')
     description, partial = final.with_suffix('.json'), final.with_suffix('.partial')
-    size = final.stat().st_size if final.is_file() else 0
-    if read_json(description) == meta and size == 2 * meta['rows'] * columns:
+    if read_json(description) == meta and final.is_file():
         runtime.say(f'{final} already exists with identical settings; delete it to encode again')
         return
     table = open_table(partial, meta, meta['rows'], columns, np.uint16, NOT_YET)
     undone = undone_batches(table, batch_size, NOT_YET)
     keys = [[(row % count, row) if random_crops else row for row in batch] for batch in undone]
-    images_per_step = batch_size * runtime.world_size()
-    bar = runtime.progress(len(undone), label=f'encode {split}', images_per_step=images_per_step)
+    bar = runtime.progress(len(undone), label=f'encode {split}',
+                           images_per_step=batch_size * runtime.world_size())
     for batch, (images, labels) in zip(undone, fetch(dataset, keys, workers)):
         images = normalize(runtime.to_device(images, dev)).contiguous(memory_format=torch.channels_last)
         noise = runtime.noise_of(batch, dev, seed, split)
         with autocast():
             maps = structure.encode(images, noise) + alias.encode(images, noise)
-        skipped = dataset.skipped                           # those of this batch are known by now
-        labels[[row % count in skipped for row in batch]] = UNREADABLE
+        labels[dataset.skipped[[row % count for row in batch]]] = UNREADABLE
         tokens = torch.cat([*maps, runtime.to_device(labels[:, None], dev)], 1)
         table[batch.start:batch.stop] = tokens.cpu().numpy()
         bar.update()
@@ -78,26 +75,16 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
 
     if runtime.rank() == 0:
         description.unlink(missing_ok=True)                 # the old pair goes before the new one comes
-        kept = finish(partial, table, final)
-        if kept < len(table):
-            left_out = f'{len(table) - kept} of {len(table)} rows of {split}'
-            runtime.say(f'warning: {left_out} left out: their images cannot be read')
+        with atomic_write(final) as file:
+            for row in table:
+                if row[-1] != UNREADABLE:
+                    file.write(row)
+        kept = final.stat().st_size // (2 * columns)
         write_json(description, meta | {'rows': kept})
         close_table(partial)
-        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
+        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB; '
+                    f'left out, because their images cannot be read: {len(table) - kept}')
     runtime.barrier()
-
-
-def finish(partial, table, final):
-    """Moves the table to its final name, without the rows of unreadable images. Returns how many are left."""
-    good = np.flatnonzero(table[:, -1] != UNREADABLE)
-    if len(good) == len(table):
-        os.replace(partial, final)
-    else:                                                   # copies, because a kill must not leave half of it
-        with atomic_write(final) as file:
-            for rows in np.array_split(good, len(good) // 4096 + 1):
-                file.write(table[rows].tobytes())
-    return len(good)
 
 
 def main():

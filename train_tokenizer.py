@@ -360,9 +360,9 @@ def start_from(run):
 def check_settings():
     """Raises UserError for settings that would fail, some of them only in a later step."""
     runtime.require_positive(
-        config, 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size', 'codebook_dim',
-        'channels', 'res_blocks', 'phis', 'alias_vocab_size', 'alias_codebook_dim', 'alias_channels',
-        'alias_res_blocks', 'gan_channels')
+        config, 'image_size', 'eval_every', 'eval_images', 'save_every', 'log_every', 'vocab_size',
+        'codebook_dim', 'channels', 'res_blocks', 'phis', 'alias_vocab_size', 'alias_codebook_dim',
+        'alias_channels', 'alias_res_blocks', 'gan_channels')
     if len(patch_nums) < 2:
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
     if lambda_lpips and image_size < 16:

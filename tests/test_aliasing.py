@@ -261,7 +261,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     ('patch_nums', (), r'patch_nums=\(\) must grow'),
     ('real_images', 1, 'real_images=1 must be at least 2'),
     ('image_size', 100, 'image_size=100 is not a multiple'),
-    ('samples', 'nowhere.npz', 'nowhere.npz: no such folder or file'),
+    ('samples', 'nowhere.npz', 'nowhere.npz cannot be read: missing'),
 ])
 def test_a_setting_that_makes_no_sense_is_refused(setting, value, complaint, monkeypatch, tmp_path):
     monkeypatch.setattr(aliasing, 'out_dir', str(tmp_path / 'out'))

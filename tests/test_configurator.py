@@ -114,7 +114,7 @@ def test_an_imported_script_keeps_its_defaults_and_a_started_one_does_not(toy_fi
     ('--sizes=[4,5]', (4, 5)),
     ('--sizes=(4,)', (4,)),
     ('--sizes=7', (7,)),
-    ('--noise=0.1,2', (0.1, 2)),
+    ('--noise=0.1,2', (0.1, 2.0)),
     ('--anything=207', (207,)),
     ('--anything=207,980', (207, 980)),
     ('--name=7', '7'),
@@ -128,24 +128,24 @@ def test_a_value_takes_the_type_of_its_default(toy, argument, value):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--steps=True', r'--steps takes int \(default 100000\); got bool True'),
-    ('--steps=1.5', '--steps takes int .*got float 1.5'),
-    ('--steps=many', "--steps takes int .*got str 'many'"),
-    ('--steps=', "--steps takes int .*got str ''"),
-    ('--rate=True', '--rate takes float .*got bool True'),
+    ('--steps=True', r'--steps takes int \(default 100000\); got True'),
+    ('--steps=1.5', '--steps takes int .*got 1.5'),
+    ('--steps=many', "--steps takes int .*got 'many'"),
+    ('--steps=', "--steps takes int .*got ''"),
+    ('--rate=True', '--rate takes float .*got True'),
     ('--steps=-1', '--steps=-1: must be at least 0 and less than 2.63'),
     ('--rate=-1e-9', '--rate=-1e-09: must be at least 0'),
     ('--rate=1e999', '--rate=inf: must be at least 0 and less than'),
     ('--steps=9223372036854775808', 'less than 2.63'),
-    ('--rate=fast', '--rate takes float .*got str'),
-    ('--flag=1', '--flag takes bool .*got int 1'),
-    ('--flag=false', "--flag takes bool .*got str 'false'"),
-    ('--sizes=1,2.5', '--sizes takes ints separated by commas'),
-    ('--sizes=1,True', '--sizes takes ints separated by commas'),
-    ('--sizes=2.5', '--sizes takes ints separated by commas'),
-    ('--sizes=few', '--sizes takes tuple .*got str'),
-    ('--noise=0.1,True', '--noise takes floats separated by commas'),
-    ('--anything=cat', '--anything takes tuple .*got str'),
+    ('--rate=fast', '--rate takes float .*got .fast.'),
+    ('--flag=1', '--flag takes bool .*got 1'),
+    ('--flag=false', "--flag takes bool .*got 'false'"),
+    ('--sizes=1,2.5', '--sizes takes int .*got 2.5'),
+    ('--sizes=1,True', '--sizes takes int .*got True'),
+    ('--sizes=2.5', '--sizes takes int .*got 2.5'),
+    ('--sizes=few', '--sizes takes tuple .*got .few.'),
+    ('--noise=0.1,True', '--noise takes float .*got True'),
+    ('--anything=cat', '--anything takes tuple .*got .cat.'),
     ('--on', r'write --on=VALUE \(now True\)'),
     ('--steps', r'write --steps=VALUE \(now 100000\)'),
     ('--setps=3', "--setps=3: unknown setting 'setps'; did you mean 'steps'"),
@@ -168,7 +168,7 @@ def test_check_type_gives_tuples_for_the_lists_of_a_config_file():
 
 def test_a_number_may_be_negative_where_its_default_is():
     assert check_type('drop_path', -1, -1.0) == -1.0
-    with pytest.raises(UserError, match='--drop_path=-2: must be at least -1.0'):
+    with pytest.raises(UserError, match='--drop_path=-2.0: must be at least -1.0'):
         check_type('drop_path', -2, -1.0)
 
 
@@ -191,7 +191,7 @@ def test_a_bare_argument_is_the_positional_setting(toy):
 def test_a_setting_may_be_called_like_a_word_of_python(capsys):
     sample = vars(importlib.import_module('sample'))
     assert parse(sample, ['--class=3']) == {'class_': 3}
-    with pytest.raises(UserError, match="--class takes int .default -1.; got str 'dog'"):
+    with pytest.raises(UserError, match="--class takes int .default -1.; got 'dog'"):
         parse(sample, ['--class=dog'])
     with pytest.raises(SystemExit):
         parse(sample, ['--help'])
@@ -235,9 +235,9 @@ def test_settings_of_another_script_are_left_alone(toy, config):
     ('import nosuchmodule\n', 'mine.py, line 1: ModuleNotFoundError'),
     ('steps = 1\nstpes = 2\n', "mine.py: unknown setting 'stpes'; did you mean 'steps'"),
     ('vocabulary_size = 3\n', "mine.py: unknown setting 'vocabulary_size'; did you mean 'vocab_size'"),
-    ('steps = 1.5\n', '--steps takes int .*got float 1.5'),
+    ('steps = 1.5\n', '--steps takes int .*got 1.5'),
     ('flag = 1\n', '--flag takes bool'),
-    ('sizes = [1, "2"]\n', '--sizes takes ints'),
+    ('sizes = [1, "2"]\n', '--sizes takes int '),
     ('rate = float("nan")\n', '--rate=nan: must be'),
 ])
 def test_a_mistake_in_a_config_file_is_named(toy, config, text, message):

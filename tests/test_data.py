@@ -31,7 +31,6 @@ from data import (
     to_uint8,
     undone_batches,
 )
-from util import runtime
 from util.charts import CHARTS, Charts
 
 
@@ -112,19 +111,13 @@ def test_every_chart_fades_to_grey_instead_of_aliasing():
     assert grating.std((1, 2)).max() < 40
 
 
-def test_charts_refuse_what_makes_no_sense():
-    with pytest.raises(UserError, match='at least one chart'):
-        open_dataset('charts:0', 'train', 32)
-    with pytest.raises(UserError, match='image_size=0: must be at least 1'):
-        open_dataset('charts', 'train', 0)
-
-
 def test_open_dataset_knows_charts_and_folders(tmp_path):
     assert len(open_dataset('charts', 'val', 8, count=30)) == 30
     assert len(open_dataset('charts', 'val', 4)) == len(open_dataset('charts:70', 'val', 4)) == 1000
     assert len(open_dataset('charts:70', 'train', 4)) == 70
-    with pytest.raises(UserError, match="data='charts:many': write charts, or charts:4000"):
-        open_dataset('charts:many', 'train', 4)
+    for data in ('charts:many', 'charts:0'):
+        with pytest.raises(UserError, match=f"data='{data}': write charts, or charts:4000"):
+            open_dataset(data, 'train', 4)
     with pytest.raises(UserError, match='no such folder'):
         open_dataset(str(tmp_path / 'chart'), 'train', 8)
 
@@ -237,7 +230,7 @@ def test_folder_finds_every_picture_in_order(folder):
     assert dataset.labels.tolist() == [0] * 4 + [1] * 4 and dataset.files == sorted(dataset.files)
     for image, label in dataset:
         assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
-    assert not dataset.skipped
+    assert not dataset.skipped.any()
 
 
 def test_numbered_classes_are_in_numeric_order(tmp_path):
@@ -271,7 +264,7 @@ def test_files_that_are_left_out_are_counted_in_one_line(folder, capsys):
     assert len(ImageFolder(folder, 'train', 16)) == 8
     shown = capsys.readouterr().out
     assert shown.startswith('warning: ') and shown.count('\n') == 1 and 'left out 4 files' in shown
-    assert "mostly {'.jpg': 1, '.txt': 1, '.heic': 1}" in shown
+    assert "such as ['loose.jpg', '" in shown and 'a.txt' in shown
     ImageFolder(folder, 'val', 16)
     assert capsys.readouterr().out == ''
 
@@ -385,7 +378,7 @@ def test_any_shape_of_picture_gives_a_crop(folder, size):
     dataset = ImageFolder(folder, 'train', 16)
     for key in [0, *((0, position) for position in range(20))]:
         assert dataset[key][0].shape == (3, 16, 16)
-    assert not dataset.skipped
+    assert not dataset.skipped.any()
 
 
 def opened(folder, image, name, **options):
@@ -393,7 +386,7 @@ def opened(folder, image, name, **options):
     image.save(folder / 'train' / 'cat' / name, **options)
     dataset = ImageFolder(folder, 'train', 16)
     picture = dataset.load(dataset.files.index(str(folder / 'train' / 'cat' / name)))
-    assert not dataset.skipped and picture.mode == 'RGB'
+    assert not dataset.skipped.any() and picture.mode == 'RGB'
     return picture
 
 
@@ -472,7 +465,7 @@ def test_the_next_picture_stands_in_for_a_broken_one(folder, kind, capsys):
     image, label = dataset[8]
     dataset[8, 5]
     assert_skipped(capsys, r'zz\\nbroken.jpg')
-    assert dataset.skipped == {8} and label == 0 and torch.equal(image, dataset[0][0])
+    assert dataset.skipped.nonzero().tolist() == [[8]] and label == 0 and torch.equal(image, dataset[0][0])
 
 
 def test_a_decompression_bomb_counts_as_broken(folder, monkeypatch, capsys):
@@ -481,7 +474,7 @@ def test_a_decompression_bomb_counts_as_broken(folder, monkeypatch, capsys):
     photo(size=(90, 90)).save(folder / 'train' / 'cat' / '0.png')
     photo(size=(50, 41)).save(folder / 'train' / 'cat' / '1.png')
     dataset = ImageFolder(folder, 'train', 16)
-    assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.skipped == {0}
+    assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.skipped.nonzero().tolist() == [[0]]
     assert_skipped(capsys, 'DecompressionBomb')
 
 
@@ -502,9 +495,6 @@ def test_nothing_readable_is_an_error(tmp_path):
     dataset = ImageFolder(tmp_path, 'train', 16)
     with pytest.raises(UserError, match='none of the 1 pictures can be read'):
         dataset[0]
-    with pytest.raises(UserError, match='^none of') as error:
-        first(batches(dataset, 2, seed=0, workers=1), 1)
-    assert '\n' not in str(error.value)
 
 
 def test_links_in_a_circle_end(folder):
@@ -560,7 +550,7 @@ def test_loader_workers_change_nothing_but_speed(folder):
     alone = first(batches(dataset, 6, seed=0), 4)
     helped = first(batches(again, 6, seed=0, workers=2), 4)
     assert all(torch.equal(a, b) for one, two in zip(alone, helped) for a, b in zip(one, two))
-    assert again.skipped == dataset.skipped == {0}          # a worker's finding is known here
+    assert again.skipped.nonzero().tolist() == dataset.skipped.nonzero().tolist() == [[0]]     # a worker's finding is known here
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -603,7 +593,7 @@ def table_of(tmp_path, **settings):
 
 def test_a_table_keeps_what_was_written_and_knows_what_is_missing(tmp_path, monkeypatch):
     table = table_of(tmp_path)
-    assert table.tolist() == 5 * [[0, 0, 9]] and undone_batches(table, 2, 9) == [
+    assert table.tolist() == 5 * [[9, 9, 9]] and undone_batches(table, 2, 9) == [
         range(2),
         range(2, 4),
         range(4, 5),
@@ -621,22 +611,13 @@ def test_a_table_keeps_what_was_written_and_knows_what_is_missing(tmp_path, monk
 def test_a_damaged_table_is_started_again(tmp_path, spoil):
     table_of(tmp_path)[:] = 1
     spoil(tmp_path / 'new' / 'a.partial')
-    assert table_of(tmp_path).tolist() == 5 * [[0, 0, 9]]
+    assert table_of(tmp_path).tolist() == 5 * [[9, 9, 9]]
 
 
 def test_a_table_of_other_settings_is_started_again_and_that_is_said(tmp_path, capsys):
     table_of(tmp_path)[:] = 1
-    assert table_of(tmp_path, seed=1).tolist() == 5 * [[0, 0, 9]]
+    assert table_of(tmp_path, seed=1).tolist() == 5 * [[9, 9, 9]]
     assert 'a.partial was made with other settings (seed): starting again' in capsys.readouterr().out
-
-
-def test_a_table_larger_than_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        runtime.run(lambda: open_table(tmp_path / 'a.partial', {}, 10 ** 17, 3, np.uint16, 9))
-    assert stop.value.code == 1 and list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.startswith(
-        f'error: disk full while writing {tmp_path}/a.partial: free some space'
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -705,12 +686,12 @@ def test_a_damaged_description_is_noticed(tokens):
         TokenDataset(tokens[0], 'train')
 
 
-@pytest.mark.parametrize('column, name', [(0, 'structure tokens'), (5, 'alias tokens'), (6, 'labels')])
-def test_tokens_out_of_range_are_noticed(tokens, column, name):
+@pytest.mark.parametrize('column, number', [(0, 16), (5, 8), (6, 2)])
+def test_tokens_out_of_range_are_noticed(tokens, column, number):
     folder, rows = tokens
-    rows[3, column] = 999
+    rows[3, column] = number
     rows.tofile(folder / 'train.bin')
     dataset = TokenDataset(folder, 'train')
     dataset.batch([0, 1])
-    with pytest.raises(UserError, match=f'{name} up to 999'):
+    with pytest.raises(UserError, match='train.bin.* is damaged: it has numbers out of range'):
         dataset.batch([2, 3])

@@ -239,7 +239,7 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
     ({'data': 'nowhere'}, 'no such folder'),
     ({'tokens': 'nowhere'}, 'no usable token files'),
     ({'tokenizer': 'nowhere.pt'}, 'run train_tokenizer.py first'),
-    ({'samples': 'nowhere'}, 'no such folder or file'),
+    ({'samples': 'nowhere'}, 'nowhere cannot be read: missing'),
 ])
 def test_a_mistaken_setting_is_one_line(finished_run, monkeypatch, settings, message):
     change(monkeypatch, **settings)

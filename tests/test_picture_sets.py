@@ -48,13 +48,13 @@ def test_npz_gives_the_images_and_labels_if_it_has_them(tmp_path):
 
 
 @pytest.mark.parametrize('arrays, message', [
-    ({'images': np.zeros((9, 16, 16, 3), np.uint8)}, 'no arr_0'),
+    ({'images': np.zeros((9, 16, 16, 3), np.uint8)}, 'are missing'),
     ({'arr_0': np.zeros((9, 16, 16, 3))}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 3, 16, 16), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((9, 16, 16, 3, 3), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((), np.uint8)}, 'must be uint8'),
     ({'arr_0': np.zeros((0, 16, 16, 3), np.uint8)}, 'must be uint8'),
-    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, '32 × 16 px, but the tokenizer.s images are 16 × 16'),
+    ({'arr_0': np.zeros((9, 16, 32, 3), np.uint8)}, r'must be uint8 .N, 16, 16, 3. .* but are uint8 .9, 16, 32, 3.'),
     ({'arr_0': np.array([{}])}, 'cannot be read'),                          # a pickle, which could run code
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(9, 2)}, 'class numbers from 0 to 1'),
     ({'arr_0': np.zeros((9, 16, 16, 3), np.uint8), 'arr_1': np.full(8, 1)}, '9 class numbers'),
@@ -82,12 +82,10 @@ def test_a_reference_is_a_folder_images_or_statistics_or_both(tmp_path):
 
 
 @pytest.mark.parametrize('arrays, message', [
-    ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be mean .2048,. and covariance .2048, 2048.'),
-    ({'sigma': np.zeros(0)}, 'must be mean'),
-    ({'mu': np.zeros(2048, np.int64)}, 'are int64'),
-    ({'mu': np.full(2048, np.nan)}, 'finite and symmetric'),
-    ({'sigma': np.eye(2048, k=1)}, 'finite and symmetric'),
-    ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, '32 × 32 px'),
+    ({'mu': np.zeros(64), 'sigma': np.eye(64)}, 'must be the finite mean .2048,. and covariance .2048, 2048.'),
+    ({'sigma': np.zeros(0)}, 'must be the finite mean'),
+    ({'mu': np.full(2048, np.nan)}, 'must be the finite mean'),
+    ({'arr_0': np.zeros((9, 32, 32, 3), np.uint8)}, 'but are uint8 .9, 32, 32, 3.'),
 ])
 def test_statistics_of_something_else_are_named(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message) as error:
@@ -96,7 +94,7 @@ def test_statistics_of_something_else_are_named(tmp_path, arrays, message):
 
 
 def test_missing_empty_broken_and_wrongly_sized_samples_are_named(tmp_path):
-    with pytest.raises(UserError, match='no such folder or file'):
+    with pytest.raises(UserError, match='cannot be read: missing'):
         read_samples(str(tmp_path / 'nowhere'), 16, CLASSES)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='no pictures'):
@@ -106,7 +104,7 @@ def test_missing_empty_broken_and_wrongly_sized_samples_are_named(tmp_path):
         with pytest.raises(UserError, match='not an .npz'):
             read_samples(str(tmp_path / name), 16, CLASSES)
     save_pictures(tmp_path / 'small', pictures(torch.zeros(1, dtype=torch.int64), side=8))
-    with pytest.raises(UserError, match='0.png: 8 × 8 px'):
+    with pytest.raises(UserError, match='0.png: .* but are uint8 .1, 8, 8, 3.'):
         read_samples(str(tmp_path / 'small'), 16, CLASSES)
     (tmp_path / 'small' / '0.png').write_bytes(b'no picture')
     with pytest.raises(UserError, match='0.png.*cannot be read'):

@@ -198,7 +198,7 @@ def broken(folder, kind):
     ('missing', 'no such picture'),
     ('empty', 'cannot be read as a picture'),
     ('text', 'cannot be read as a picture'),
-    ('a folder', 'cannot be read as a picture'),
+    ('a folder', 'no such picture'),
     ('half a picture', 'cannot be read as a picture'),
 ])
 def test_a_photo_that_can_not_be_read_is_named_in_one_line(tmp_path, kind, message):

@@ -1,13 +1,9 @@
 """The embedded data set: ten classes of optical test charts, drawn in code."""
 import math
-from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torch.utils.data import Dataset
-
-from configurator import UserError
 
 
 # -----------------------------------------------------------------------------
@@ -41,8 +37,7 @@ def place(rng, x, y, shift, turn=math.pi):
 
 def stripes(t, period, inked=0.5):
     """Signed distance to the edges of stripes across t, which cover this fraction of each period."""
-    phase = t / period - np.floor(t / period)
-    return period * (inked / 2 - np.abs(phase - 0.5))
+    return period * (inked / 2 - np.abs(t / period % 1 - 0.5))
 
 
 def siemens_star(rng, x, y):
@@ -89,24 +84,23 @@ def halftone_dots(rng, x, y):
 def text(rng, x, y):
     side = len(y)
     height = int(rng.integers(92, 113)) / 128               # whole fine samples from 32 px up
+    font = ImageFont.load_default(round(height * side))
+    ruler = ImageFont.load_default(128)                     # hinting would move letters at other sizes
     sheet = Image.new('L', (side, side))
     draw = ImageDraw.Draw(sheet)
     top = -rng.uniform(0, 0.7) * height
     while top < 1:
-        left = -rng.uniform(0, 1) * height
+        left = -rng.random() * height
         while left < 1:
             letter = LETTERS[rng.integers(len(LETTERS))]
-            draw.text((left * side, top * side), letter, fill=255, stroke_width=side // 64,
-                      font=font(round(height * side)))
-            # measured at one size, because hinting would move letters at others
-            left += font(128).getlength(letter) / 128 * height
+            draw.text((left * side, top * side), letter, 255, font, stroke_width=side // 64)
+            left += ruler.getlength(letter) / 128 * height
         top += 1.05 * height
     sheet = sheet.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC)
     return np.asarray(sheet, np.float32) / 255
 
 
 LETTERS = 'ABDEFGHKLMNPRSTXYZ23456789  '
-font = lru_cache(ImageFont.load_default)
 
 
 def brick(rng, x, y):
@@ -162,45 +156,39 @@ def pick_colour(rng, colours):
     return np.array(rgb, np.float32)[:, None, None]
 
 
-@lru_cache(maxsize=4)
-def fine_grid(image_size):
-    fine = image_size * SUPERSAMPLING
-    t = ((np.arange(fine) + 0.5) / fine - 0.5).astype(np.float32)
-    return t[None, :], t[:, None]
-
-
 def draw_chart(rng, label, image_size):
     """One chart (3, S, S), uint8: ink averaged over 4 × 4 fine samples, then painted on the paper."""
+    fine = image_size * SUPERSAMPLING
+    grid = ((np.arange(fine) + 0.5) / fine - 0.5).astype(np.float32)
     papers, inks = (LIGHT, DARK) if rng.random() < 0.5 else (DARK, LIGHT)
     picture = pick_colour(rng, papers)
-    layers = CHARTS[label](rng, *fine_grid(image_size))
+    layers = CHARTS[label](rng, grid[None], grid[:, None])
     layers = layers.reshape(-1, image_size, SUPERSAMPLING, image_size, SUPERSAMPLING).mean((2, 4))
     for layer in layers:
         picture = picture + layer * (pick_colour(rng, inks) - picture)
     return np.rint(picture).astype(np.uint8)
 
 
-class Charts(Dataset):
+class Charts:
     """Ten classes of optical test charts, anti-aliased when drawn and kept in memory.
 
     Image i depends only on (split, i), and is the same drawing at every image_size, except that letters are
     hinted. Labels cycle through the classes. images: (N, 3, S, S) uint8; labels: (N,) int64; dataset[i] is
-    (image, label), also for a key (i, position). Raises UserError if count is below 1.
+    (image, label), also for a key (i, position). skipped: (N,) bool, as for an ImageFolder, but never true.
     """
     classes = [chart.__name__ for chart in CHARTS]
-    skipped = frozenset()
 
     def __init__(self, split, image_size, count):
-        if count < 1:
-            raise UserError(f'{count} charts: take at least one chart')
-        rngs = (np.random.default_rng((0, ('train', 'val').index(split), i)) for i in range(count))
-        charts = [draw_chart(rng, i % len(CHARTS), image_size) for i, rng in enumerate(rngs)]
+        stream = ('train', 'val').index(split)
+        charts = [draw_chart(np.random.default_rng((0, stream, i)), i % len(CHARTS), image_size)
+                  for i in range(count)]
         self.images = torch.from_numpy(np.stack(charts))
         self.labels = torch.arange(count) % len(CHARTS)
+        self.skipped = torch.zeros(count, dtype=torch.bool)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
         index = key[0] if isinstance(key, tuple) else key
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.labels[index]

@@ -31,7 +31,7 @@ def load_images(dataset, count, workers=0):
     workers: processes that decode images.
     """
     batches = evenly_over_classes(dataset.labels, count).split(256)
-    images, labels = zip(*fetch(dataset, [batch.tolist() for batch in batches], workers))
+    images, labels = zip(*fetch(dataset, batches, workers))
     return torch.cat(images), torch.cat(labels)
 
 
@@ -42,15 +42,11 @@ def read_samples(path, image_size, classes):
     """
     if os.path.isdir(path):
         return read_folder(path, image_size, classes)
-    if not os.path.isfile(path):
-        raise UserError(f'--samples={path}: no such folder or file')
     arrays = load_arrays(path, ('arr_0', 'arr_1'))
-    images = to_images(path, arrays.get('arr_0'), image_size)
-    labels = arrays.get('arr_1')
+    images, labels = to_images(path, arrays.get('arr_0'), image_size), arrays.get('arr_1')
     if labels is None:
         return images, None
-    if (labels.shape != (len(images),) or labels.dtype.kind not in 'iu'
-            or not 0 <= labels.min() <= labels.max() < len(classes)):
+    if labels.shape != (len(images),) or not np.isin(labels, range(len(classes))).all():
         raise UserError(f'{path}: arr_1 must be {len(images)} class numbers from 0 to {len(classes) - 1}')
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -58,9 +54,9 @@ def read_samples(path, image_size, classes):
 def read_reference(path, image_size):
     """Images from a folder or an .npz to measure distances against, and the published statistics in the .npz.
 
-    These are (mu (2048,), sigma (2048, 2048)) of Inception features, or None. An .npz of
-    statistics may have images too, like those for guided-diffusion's evaluator; otherwise the images are
-    (0, 3, S, S). Raises UserError for statistics of other features.
+    These are (mu (2048,), sigma (2048, 2048)) of Inception features, or None. An .npz of statistics may have
+    images too, like those for guided-diffusion's evaluator; otherwise the images are (0, 3, S, S). Raises
+    UserError for statistics of other features.
     """
     if os.path.isdir(path):
         return read_folder(path, image_size)[0], None
@@ -71,12 +67,9 @@ def read_reference(path, image_size):
     if arrays.keys() <= {'arr_0'}:
         return images, None
     mu, sigma = (arrays.get(name, np.zeros(0)) for name in ('mu', 'sigma'))
-    valid = (mu.shape == (2048,) and sigma.shape == (2048, 2048) and mu.dtype.kind + sigma.dtype.kind == 'ff'
-             and np.isfinite(mu.sum() + sigma.sum()) and np.allclose(sigma, sigma.T, atol=1e-4))
-    if not valid:
-        raise UserError(f'{path}: mu and sigma must be mean (2048,) and covariance (2048, 2048) of Inception '
-                        f'features, finite and symmetric, but are {mu.dtype} {mu.shape} and {sigma.dtype} '
-                        f'{sigma.shape}')
+    if (mu.shape, sigma.shape) != ((2048,), (2048, 2048)) or not np.isfinite(mu.sum() + sigma.sum()):
+        raise UserError(f'{path}: mu and sigma must be the finite mean (2048,) and covariance (2048, 2048) '
+                        f'of Inception features')
     return images, (torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
@@ -94,10 +87,10 @@ def read_folder(path, image_size, classes=()):
     # sorted by name they would be in class order, which says nothing about how the samples were made
     order = torch.randperm(len(files), generator=runtime.generator('order of the files'))
     folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
-    if not set(folders) <= set(classes):
-        return images[order], None
-    labels = torch.tensor([classes.index(folder) for folder in folders])
-    return images[order], labels[order]
+    labels = None
+    if set(folders) <= set(classes):
+        labels = torch.tensor([classes.index(folder) for folder in folders])[order]
+    return images[order], labels
 
 
 def load_arrays(path, names):
@@ -106,21 +99,17 @@ def load_arrays(path, names):
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
     except Exception as error:                              # NumPy raises nearly anything on a broken file
-        raise UserError(f'{path} cannot be read: damaged, or not an .npz of plain arrays '
+        raise UserError(f'{path} cannot be read: missing, damaged, or not an .npz of plain arrays '
                         f'({type(error).__name__})') from None
 
 
 def to_images(path, array, image_size):
     """An array (N, S, S, 3) uint8 as (N, 3, S, S). Raises UserError for something else. path: its file."""
-    if array is None:
-        raise UserError(f'{path} has no arr_0: save with np.savez(path, images), images uint8 (N, S, S, 3)')
-    if array.dtype != np.uint8 or array.shape[3:] != (3,) or not len(array):
-        raise UserError(f'{path}: arr_0 must be uint8 (N, S, S, 3), rounded values from 0 to 255, but is '
-                        f'{array.dtype} {array.shape}')
-    height, width = array.shape[1:3]
-    if not height == width == image_size:
-        raise UserError(f'{path}: {width} × {height} px, but the tokenizer\'s images are {image_size} × '
-                        f'{image_size}; a distance between them would measure the resizing')
+    wrong = array is None or array.dtype != np.uint8 or array.shape[1:] != (image_size, image_size, 3)
+    if wrong or not len(array):
+        found = 'missing' if array is None else f'{array.dtype} {array.shape}'
+        raise UserError(f'{path}: images (arr_0) must be uint8 (N, {image_size}, {image_size}, 3) like the '
+                        f"tokenizer's, or a distance would measure the resizing, but are {found}")
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
@@ -173,8 +162,7 @@ def check_samples(images, labels, num_classes, reference=(), path=''):
                          'class frequencies are not checked'),
     ]
     if labels is not None:
-        frequency = labels.bincount(minlength=num_classes)
-        least, most = frequency.min(), frequency.max()
+        least, most = labels.bincount(minlength=num_classes).aminmax()
         in_order = num_classes > 1 and (labels.diff() >= 0).all()
         flaws += [
             (least < most, f'{least} to {most} samples per class: the distance counts this as an error'),
