@@ -75,15 +75,18 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
 
     if runtime.rank() == 0:
         description.unlink(missing_ok=True)                 # the old pair goes before the new one comes
-        with atomic_write(final) as file:
-            for row in table:
-                if row[-1] != UNREADABLE:
-                    file.write(row)
-        kept = final.stat().st_size // (2 * columns)
-        write_json(description, meta | {'rows': kept})
+        kept = np.flatnonzero(table[:, -1] != UNREADABLE)
+        if len(kept) == len(table):
+            partial.replace(final)
+        else:                                               # copies, because a kill must not leave half of it
+            with atomic_write(final) as file:
+                for row in kept:
+                    file.write(table[row])
+        write_json(description, meta | {'rows': len(kept)})
         close_table(partial)
-        runtime.say(f'wrote {final}: {kept} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB; '
-                    f'left out, because their images cannot be read: {len(table) - kept}')
+        runtime.say(f'wrote {final}: {len(kept)} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
+        if len(kept) < len(table):
+            runtime.say(f'left out {len(table) - len(kept)} rows, whose images cannot be read')
     runtime.barrier()
 
 
