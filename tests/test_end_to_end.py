@@ -446,7 +446,7 @@ BAD = {
     'image size that does not fit': ('train_tokenizer', '--image_size=48', None, 'image_size=48 does not fit patch_nums ending in 8'),
     'maps that shrink': ('train_tokenizer', '--patch_nums=1,4,2,8', None, 'patch_nums=(1, 4, 2, 8) must grow'),
     'batch that does not divide': ('train_fvar', '--batch_size=7 --grad_accum_steps=2', None, 'batch_size=7 must be a multiple of'),
-    'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere/train': no such folder; data must be 'charts' or a folder with train/<class>/"),
+    'no data': ('train_tokenizer', '--data=nowhere', None, "'nowhere/train': no such folder, or it has no class folders; data must be 'charts' or"),
     'no such class': ('sample', '--classes=4', None, '--class and --classes: there is no class 4; this student has 0 to 3'),
     'photo without a mask': ('sample', '--edit=brick', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
     'mask without a photo': ('sample', '--mask=1,1,9,9', None, 'give --edit=PHOTO and one of --mask=MASK.png and --outpaint='),
