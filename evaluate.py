@@ -55,7 +55,7 @@ parts = 'tokenizer,student,samples'  # what to measure
 init_from = ''                  # student.pt (default: in out_dir), or with --vae a published transformer
 tokenizer = ''                  # tokenizer.pt (default: next to student.pt)
 vae = ''                        # a published VAR tokenizer instead
-patch_nums = ()                 # token maps of published weights (default: VAR's for 256 or 512 px)
+patch_nums = ()                 # token maps of published weights (default: read from them)
 tokens = ''                     # folder with encode.py's token files (default: tokens next to tokenizer.pt)
 # real images
 data = ''                       # images (default: the tokenizer's training data)

@@ -45,7 +45,7 @@ out_dir = 'out'                 # folder for the pictures
 init_from = ''                  # student.pt (default: in out_dir), or with --vae a published transformer
 tokenizer = ''                  # tokenizer.pt (default: next to student.pt)
 vae = ''                        # a published VAR tokenizer instead
-patch_nums = ()                 # token maps of published weights (default: VAR's for 256 or 512 px)
+patch_nums = ()                 # token maps of published weights (default: read from them)
 export = ''                     # folder for student and tokenizer in VAR's format; nothing is sampled
 # classes
 classes = ''                    # class numbers, for example 207,980, or none (default: the first ten)
