@@ -26,9 +26,8 @@ def open_photo(path, image_size):
     image_size: of the chart. A JPEG may be decoded at a fraction of its size, but not below twice image_size.
     """
     if path in Charts.classes:
-        charts = Charts('val', image_size, len(Charts.classes))
-        chart = charts.images[Charts.classes.index(path)]
-        return to_picture(normalize(chart))
+        charts = Charts('val', image_size, len(Charts.classes)).images
+        return to_picture(normalize(charts[Charts.classes.index(path)]))
     return open_picture(path, 2 * image_size)
 
 
@@ -36,10 +35,8 @@ def open_picture(path, least_side):
     """Opens a file as a PIL RGB image, as read_picture() does. Raises UserError if it cannot."""
     try:
         return read_picture(path, least_side)
-    except FileNotFoundError:
-        raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
-        raise UserError(f'{path!a} cannot be read as a picture ({type(error).__name__}: {error})') from None
+        raise UserError(f'{path!a} cannot be read as a picture: {error!a}') from None
 
 
 def load_photo(path, image_size):
@@ -48,16 +45,13 @@ def load_photo(path, image_size):
     return normalize(square_crop(photo, image_size, min(photo.size)))[None]
 
 
-def check_box(name, box, limit):
-    """Four integers LEFT,TOP,RIGHT,BOTTOM from a sequence of numbers or strings.
-
-    Raises UserError unless all are whole numbers from 0 to limit. name: the setting they come from.
-    """
-    numbers = [int(side) for side in map(str, box) if side.strip().isdecimal()]
-    if not len(box) == len(numbers) == 4 or max(numbers) > limit:
-        raise UserError(f'--{name}={",".join(map(str, box))}: give LEFT,TOP,RIGHT,BOTTOM, '
-                        f'whole numbers from 0 to {limit}')
-    return numbers
+def read_box(setting, box, limit):
+    """LEFT,TOP,RIGHT,BOTTOM, numbers or strings, as integers. UserError unless all are from 0 to limit."""
+    with suppress(ValueError):
+        sides = [int(side) for side in map(str, box)]
+        if len(sides) == 4 and set(sides) <= set(range(limit + 1)):
+            return sides
+    raise UserError(f'--{setting}: give LEFT,TOP,RIGHT,BOTTOM, whole numbers from 0 to {limit}')
 
 
 def load_mask(mask, photo, image_size):
@@ -67,7 +61,7 @@ def load_mask(mask, photo, image_size):
     pixels of the result. A pixel of the result is inside if any of the mask's pixels in it is white.
     """
     if ',' in mask and not os.path.exists(mask):
-        left, top, right, bottom = check_box('mask', mask.split(','), image_size)
+        left, top, right, bottom = read_box('mask', mask.split(','), image_size)
         inside = torch.zeros(image_size, image_size)
         inside[top:bottom, left:right] = 1
     else:
@@ -92,14 +86,13 @@ def place_photo(path, image_size, margins):
     Returns a canvas (1, 3, S, S) and a mask (S, S), 1 in the margins. The photo is cropped around its centre
     to the proportions of the space left for it, and its edge pixels are repeated into the margins.
     """
-    left, top, right, bottom = check_box('outpaint', margins, image_size - 1)
+    left, top, right, bottom = read_box('outpaint', margins, image_size - 1)
     width = image_size - left - right
     height = image_size - top - bottom
     if min(width, height) < 1 or not any(margins):
-        raise UserError(f'--outpaint={",".join(map(str, margins))}: leave some of the {image_size} pixels '
-                        f'for the photo, and some for what is around it')
-    photo = open_photo(path, image_size)
-    photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
+        raise UserError(f'--outpaint: leave some of the {image_size} pixels for the photo, and some for what '
+                        'is around it')
+    photo = ImageOps.fit(open_photo(path, image_size), (width, height), Image.Resampling.LANCZOS)
     photo = normalize(torch.from_numpy(np.array(photo)).permute(2, 0, 1))[None]
     padding = left, right, top, bottom
     mask = F.pad(torch.zeros(height, width), padding, value=1.0)
@@ -158,19 +151,15 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     pitch = side + 2
     left = max((math.ceil(font_for(name).getlength(name)) + 12 for name in row_names), default=0)
     top = max((24 + 16 * name.count('\n') for name in column_names), default=0)
-    corners = [
-        (left + i % columns * pitch, top + i // columns * pitch)
-        for i in range(len(images))]
-    size = left + columns * pitch - 2, corners[-1][1] + side
-    canvas = Image.new('RGB', size, 'white')
+    corners = [(left + i % columns * pitch, top + i // columns * pitch) for i in range(len(images))]
+    canvas = Image.new('RGB', (left + columns * pitch - 2, corners[-1][1] + side), 'white')
     draw = ImageDraw.Draw(canvas)
     for image, corner in zip(images, corners):
-        cell = to_picture(image)
-        canvas.paste(cell.resize((side, side), Image.Resampling.NEAREST), corner)
+        canvas.paste(to_picture(image).resize((side, side), Image.Resampling.NEAREST), corner)
     for name, (_, y) in zip(row_names, corners[::columns]):
         draw.text((6, y + side // 2 - 9), name, 'black', font_for(name))
     for name, (x, _) in zip(column_names, corners):
-        draw.text((x + 4, 2), name, 'black', ImageFont.load_default(14))
+        draw.text((x + 4, 2), name, 'black', font_for(name))
     return canvas
 
 
@@ -179,19 +168,20 @@ def focus_labels(radii, decoded, blurred):
 
     decoded and blurred: per map, images (B, 3, S, S).
     """
-    decibels = [f'{psnr(*pair):.1f} dB' for pair in zip(decoded, blurred)]
-    return [f'k={k}, blur {radius:.2g} px\n{"the same" if label == "inf dB" else label}'
-            for k, (radius, label) in enumerate(zip(radii, decibels), start=1)]
+    return [f'k={k}, blur {radius:.2g} px\n{psnr(*pair):.1f} dB'.replace('inf dB', 'the same')
+            for k, (radius, *pair) in enumerate(zip(radii, decoded, blurred), start=1)]
 
 
 def add_row(path, row, images, name):
-    """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows."""
+    """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows.
+
+    Later rows, of a run that was resumed before them, are dropped.
+    """
     new = picture_grid(images, len(images), [name])
     top = row * (new.height + 2)
     canvas = Image.new('RGB', (new.width, top + new.height), 'white')
     with suppress(UserError):                               # no picture there: start with this row
         canvas.paste(old := open_picture(path, 10 ** 6), (new.width - old.width, 0))
-    canvas.paste('white', (0, top, *canvas.size))           # rows of a run that was resumed before them
     canvas.paste(new, (0, top))
     save_png(path, canvas)
 
@@ -206,9 +196,8 @@ def plot_losses(log, path, names):
     axes = figure.subplots()
     for name in names:
         points = [(r['step'] + 1, r[name]) for r in read_log(log) if r.get(name) is not None]
-        if points:
-            style = {'marker': 'o'} if name.startswith('val_') else {'alpha': 0.5}
-            axes.plot(*zip(*points), label=name, **style)
+        style = {'marker': 'o'} if name.startswith('val_') else {'alpha': 0.5}
+        axes.plot(*zip(*points), label=name, **style)       # without points, nothing
     axes.set(xlabel='step', ylabel='nats per token')
     axes.legend()
     with atomic_write(path) as file:
@@ -225,6 +214,4 @@ def save_gif(path, frames):
     first, *rest = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
     milliseconds = [500] * len(rest) + [2000]
     with atomic_write(path) as file:
-        first.save(
-            file, 'GIF', save_all=True, append_images=rest,
-            duration=milliseconds, loop=0)
+        first.save(file, 'GIF', save_all=True, append_images=rest, duration=milliseconds, loop=0)
