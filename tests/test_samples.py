@@ -276,12 +276,12 @@ def test_the_classes_that_are_sampled_are_named(sample, trained):
     status, out, err = sample('--edit=brick', '--mask=4,4,12,12', '--class=1', '--per_class=1')
     assert status == 0 and "edit-1.png … 1: class 1 ('b')" in out, err
     status, out, err = sample('--edit=brick', '--mask=4,4,12,12', '--per_class=1')
-    assert status == 0 and out.splitlines()[-2].endswith('… 1: no class'), err
+    assert status == 0 and out.splitlines()[-2].endswith("… 1: class 3 ('no class')"), err
 
 
 def test_pictures_without_a_class(sample, trained):
     status, out, err = sample('--classes=none', '--per_class=3')
-    assert status == 0 and 'samples.png (3 pictures)' in out and 'focus.gif: no class' in out, err
+    assert status == 0 and 'samples.png (3 pictures)' in out and "focus.gif: class 3 ('no class')" in out, err
     without = (trained / 'samples.png').read_bytes()
     assert sample('--classes=none', '--per_class=3', '--cfg=7')[0] == 0
     assert (trained / 'samples.png').read_bytes() == without, 'there is nothing to guide towards'
