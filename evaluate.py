@@ -86,9 +86,8 @@ config = configure(globals())
 
 def check_settings():
     """Raises UserError for settings that make no sense."""
-    for part in parts.split(','):
-        if part not in ('tokenizer', 'student', 'samples'):
-            raise UserError(f'--parts={parts}: unknown part {part!r}; choose from tokenizer,student,samples')
+    if not set(parts.split(',')) <= {'tokenizer', 'student', 'samples'}:
+        raise UserError(f'--parts={parts}: choose from tokenizer,student,samples')
     runtime.require_positive(config, 'per_class', 'cnn_steps', 'cnn_batch')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')
@@ -111,23 +110,23 @@ def check_classes(known, found, where):
 # -----------------------------------------------------------------------------
 # what measures distances: Inception or the CNN
 
+# its name ends in the first digits of its SHA-256
+INCEPTION = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+             'weights-inception-2015-12-05-6726825d.pth')
+
+
 def find_inception():
-    """Path of the Inception weights. Raises FileNotFoundError that says what to put where.
+    """Path of the Inception weights, or '' if they are not on disk.
 
     Raises UserError for a file with other weights: with those it would not be FID.
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-    except ImportError as error:
-        raise FileNotFoundError(f'torch-fidelity is missing ({error}): pip install -r requirements.txt')
-    name = os.path.basename(url)                            # ends in the first digits of the SHA-256
-    for path in (inception_weights, os.path.join(torch.hub.get_dir(), 'checkpoints', name)):
+    for path in (inception_weights, f'{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}'):
         if os.path.isfile(path):
-            if hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8] not in name:
+            if hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8] not in INCEPTION:
                 raise UserError(f'{path} is truncated or another file: '
-                                f'download {url} again, or use --distance=cnn')
+                                f'download {INCEPTION} again, or use --distance=cnn')
             return path
-    raise FileNotFoundError(f'the Inception weights are not on disk: put {url} at {inception_weights}')
+    return ''
 
 
 def choose_distance(only_statistics):
@@ -135,19 +134,18 @@ def choose_distance(only_statistics):
 
     only_statistics: the reference has no images. Raises UserError if that leaves nothing to measure with.
     """
-    remedy = 'leave out --distance=cnn'
-    if distance != 'cnn':
-        try:
-            return find_inception()
-        except FileNotFoundError as error:
-            remedy = str(error)
-    if distance == 'fid':
-        raise UserError(remedy)
+    path = '' if distance == 'cnn' else find_inception()
+    if path:
+        return path
+    remedy = f'put {INCEPTION} at {inception_weights}'
     if only_statistics:
         raise UserError(f'--reference={reference} holds statistics of Inception features, which FD-cnn '
-                        f'cannot use: give images; or for FID, {remedy}')
+                        f'cannot use: give images; or for FID, leave out --distance=cnn and {remedy}')
+    if distance == 'fid':
+        raise UserError(f'the Inception weights are not on disk: {remedy}')
     if distance == 'auto':
-        runtime.say(f'no FID: {remedy}. Using FD-cnn, which compares runs on the same data and is not FID.')
+        runtime.say(f'no FID: the Inception weights are not on disk: {remedy}. '
+                    'Using FD-cnn, which compares runs on the same data and is not FID.')
     return ''
 
 
@@ -254,9 +252,9 @@ def compare(sets, weights_path, cnn, dev, moments):
             else:
                 (moments1, accuracy), (moments2, _) = seen[name], seen[against]
                 metrics = {'fd_cnn': frechet_distance(*moments1, *moments2), 'recognised': accuracy}
-            counts = {'images': len(images), 'against_images': len(others) or None}
-            rows.append({'set': name, 'against': against} | counts | metrics)
-            report(f'{name} against {against}', counts | metrics)
+            metrics = {'images': len(images), 'against_images': len(others) or None} | metrics
+            rows.append({'set': name, 'against': against} | metrics)
+            report(f'{name} against {against}', metrics)
     return rows
 
 
@@ -274,9 +272,8 @@ def versions():
 
 def made_with(path):
     """The settings that sample.py stored in an .npz; None for samples from elsewhere."""
-    if os.path.isfile(path):
-        with suppress(KeyError, ValueError):
-            return json.loads(str(load_arrays(path, ('made_with',))['made_with']))
+    with suppress(UserError, KeyError, ValueError):
+        return json.loads(str(load_arrays(path, ('made_with',))['made_with']))
 
 
 def main():
