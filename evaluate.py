@@ -179,7 +179,6 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 # -----------------------------------------------------------------------------
 # metrics
 
-@torch.no_grad()
 def tokenizer_metrics(structure, images, autocast):
     """PSNR (dB) and SSIM of uint8 images, the perplexity in training; and their reconstructions."""
     codebook = structure.quantizer.codebook
@@ -187,7 +186,7 @@ def tokenizer_metrics(structure, images, autocast):
     for batch in images.split(batch_size or 50):
         x = normalize(runtime.to_device(batch, codebook.weight.device))
         with autocast():
-            y = structure.decode(structure.encode(x)).float()
+            y = structure.decode(structure.encode(x))
         psnr_sum += len(batch) * psnr(y, x)
         ssim_sum += len(batch) * ssim(y, x)
         decoded.append(to_uint8(y).cpu())
@@ -216,13 +215,14 @@ def generate(student, structure, autocast):
 
 
 def report(name, metrics):
-    """Prints metrics on one line, by their names in results.json."""
+    """Prints metrics on one line, by their names in results.json, and returns them."""
     def text(value):
         if isinstance(value, list):
             return ' '.join(map(text, value))
         return f'{value:.5g}' if isinstance(value, float) else str(value)
 
     runtime.say(f'{name}: ' + ', '.join(f'{key} {text(value)}' for key, value in metrics.items()))
+    return metrics
 
 
 # a set of images, and what it is measured against
@@ -252,9 +252,9 @@ def compare(sets, weights_path, cnn, dev, moments):
             else:
                 (moments1, accuracy), (moments2, _) = seen[name], seen[against]
                 metrics = {'fd_cnn': frechet_distance(*moments1, *moments2), 'recognised': accuracy}
-            metrics = {'images': len(images), 'against_images': len(others) or None} | metrics
-            rows.append({'set': name, 'against': against} | metrics)
-            report(f'{name} against {against}', metrics)
+            counts = {'images': len(images), 'against_images': len(others) or None}
+            row = report(f'{name} against {against}', counts | metrics)
+            rows.append({'set': name, 'against': against} | row)
     return rows
 
 
@@ -301,8 +301,7 @@ def main():
     if 'student' in parts:
         held_out = TokenDataset(tokens or folder / 'tokens', 'val', results['tokenizer_digest'])
         check_classes(stage2['classes'], held_out.classes, held_out.path)
-        results['student'] = student_metrics(student, structure, held_out, autocast)
-        report('student', results['student'])
+        results['student'] = report('student', student_metrics(student, structure, held_out, autocast))
     if 'tokenizer' in parts or 'samples' in parts:
         datasets = {split: open_dataset(data_name, split, structure.image_size)
                     for split in ('train', 'val')}
@@ -334,8 +333,7 @@ def evaluate_pictures(structure, student, real, data_name, classes, autocast, de
     if not weights_path:
         cnn, accuracy = load_or_train_cnn(*real.values(), data_name, classes, dev)
         num_features = cnn.head.in_features
-        results['cnn'] = {'accuracy': accuracy, 'digest': digest(cnn.state_dict())}
-        report('CNN for FD-cnn', results['cnn'])
+        results['cnn'] = report('CNN for FD-cnn', {'accuracy': accuracy, 'digest': digest(cnn.state_dict())})
 
     # samples, and a floor of as many real images, because fewer have a larger distance by chance alone
     images, labels = real['val']
@@ -365,8 +363,8 @@ def evaluate_pictures(structure, student, real, data_name, classes, autocast, de
     results['warnings'] = warnings
 
     if 'tokenizer' in parts:
-        results['tokenizer'], decoded = tokenizer_metrics(structure, images, autocast)
-        report('tokenizer', results['tokenizer'])
+        metrics, decoded = tokenizer_metrics(structure, images, autocast)
+        results['tokenizer'] = report('tokenizer', metrics)
         chosen = evenly_over_classes(labels, count)
         sets['reconstructed'] = decoded[chosen], labels[chosen]
         sets['originals'] = images[chosen], labels[chosen]

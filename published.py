@@ -40,16 +40,21 @@ def renamed(name, names):
     return name
 
 
-def official_student_name(name):
-    return renamed(name, STUDENT_NAMES)
-
-
 def official_tokenizer_name(name, levels):
     """The published name of a tokenizer weight. The published decoder counts its levels from the image
     inwards."""
     side, numbers = ('down', range(levels)) if name.startswith('encoder') else ('up', range(levels)[::-1])
     name = re.sub(r'samplers\.(\d+)\.1', rf'levels.\1.{side}sample.conv', renamed(name, TOKENIZER_NAMES))
     return re.sub(r'levels\.(\d+)', lambda match: f'{side}.{numbers[int(match[1])]}', name)
+
+
+def official_state(module):
+    """The state dict of a StructureTokenizer or VAR under the published names, in its own order."""
+    weights = module.state_dict().items()
+    if isinstance(module, VAR):
+        return {renamed(name, STUDENT_NAMES): weight for name, weight in weights}
+    levels = len(module.encoder.levels)
+    return {official_tokenizer_name(name, levels): weight for name, weight in weights}
 
 
 # -----------------------------------------------------------------------------
@@ -69,6 +74,7 @@ class Published(dict):
     """
 
     def __init__(self, saved, what):
+        self.what = what
         part, known, file = PARTS[what]
         with suppress(AttributeError):                      # not a dictionary
             trainer = saved.get('trainer', saved)
@@ -78,7 +84,7 @@ class Published(dict):
             raise UserError(f'this is not a published VAR {what} such as {file} (it has no {known})')
 
     def __missing__(self, name):
-        raise UserError(f'this state dict is incomplete, or not as VAR publishes it: {name} is missing')
+        raise UserError(f'this {self.what} is incomplete, or not as VAR publishes it: {name} is missing')
 
     def count(self, pattern):
         """How many numbers the pattern's group matches, for example blocks. At least 1: a missing number 0 is
@@ -123,8 +129,7 @@ def fill_official_tokenizer(tokenizer, vae_state_dict):
     usage = tokenizer.quantizer.codebook.usage
     if vae['quantize.ema_vocab_hit_SV'].shape != usage.shape:       # of other maps: start anew, as VAR does
         vae['quantize.ema_vocab_hit_SV'] = torch.zeros_like(usage)
-    levels = len(tokenizer.encoder.levels)
-    load_renamed(tokenizer, vae, lambda name: official_tokenizer_name(name, levels), 'tokenizer')
+    load_renamed(tokenizer, vae)
 
 
 def load_official_student(var_state_dict, patch_nums, num_heads=0):
@@ -147,16 +152,16 @@ def load_official_student(var_state_dict, patch_nums, num_heads=0):
         depth=var.count(r'blocks\.(\d+)\.'), embed_dim=embed_dim, num_heads=num_heads,
         mlp_ratio=len(var['blocks.0.ffn.fc1.weight']) / embed_dim, qk_norm=qk_norm,
         shared_aln='shared_ada_lin.1.weight' in var)
-    load_renamed(student, var, official_student_name, 'transformer')
+    load_renamed(student, var)
     return student.eval()
 
 
-def load_renamed(module, published, published_name, what):
-    """Fills a module from a published state dict. UserError unless they have the same names and shapes."""
-    ours = {published_name(name): name for name in module.state_dict()}
+def load_renamed(module, published):
+    """Fills a module from a Published. UserError unless they have the same names and shapes."""
+    ours = dict(zip(official_state(module), module.state_dict()))
     weights = {ours.get(name, name): published[name] for name in ours | published
                if not name.endswith(CONSTANTS)}
-    load_weights(module, weights, f'the published {what}')
+    load_weights(module, weights, f'the published {published.what}')
 
 
 # -----------------------------------------------------------------------------
@@ -164,9 +169,7 @@ def load_renamed(module, published, published_name, what):
 
 def to_official(tokenizer, student):
     """(vae_state_dict, var_state_dict) under the published names and shapes: load_official's inverse."""
-    levels = len(tokenizer.encoder.levels)
-    vae = {official_tokenizer_name(name, levels): value for name, value in tokenizer.state_dict().items()}
-    var = {official_student_name(name): value for name, value in student.state_dict().items()}
+    vae, var = official_state(tokenizer), official_state(student)
     var['lvl_1L'] = student.map_of_position[None]
     mask = block_causal_mask(student.patch_nums)
     var['attn_bias_for_masking'] = torch.where(mask, 0.0, -torch.inf)[None, None]
@@ -184,8 +187,7 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
 
     init_from: student.pt (default: the one in out_dir). tokenizer: tokenizer.pt (default: the one beside
     it). vae: a published tokenizer instead; then init_from is a published transformer, classes are only
-    numbers, and patch_nums, if given, must be the transformer's. Raises UserError naming the file that is
-    wrong.
+    numbers, and patch_nums, if given, must be the transformer's. Raises UserError for files that are wrong.
     """
     if not vae:
         if patch_nums:
@@ -197,13 +199,9 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
     if not init_from or tokenizer:
         raise UserError(f'--vae={vae}: give the transformer that belongs to it as --init_from=var_d16.pth, '
                         'and no --tokenizer')
-    vae_weights = read_weights(vae)
-    var_weights = read_weights(init_from)
-    try:
-        patch_nums = patch_nums or published_patch_nums(var_weights)
-        structure, student = load_official(vae_weights, var_weights, patch_nums)
-    except UserError as error:
-        raise UserError(f'--vae={vae} --init_from={init_from}: {error}') from None
+    vae_weights, var_weights = read_weights(vae), read_weights(init_from)
+    structure, student = load_official(
+        vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
     classes = [str(number) for number in range(student.num_classes)]
     structure.to(device, memory_format=torch.channels_last)
     return structure, student.to(device), {'config': {'data': ''}, 'step': 0}, {'classes': classes, 'step': 0}

@@ -78,13 +78,10 @@ sampling = {'cfg': cfg, 'top_k': top_k, 'top_p': top_p, 'smooth': smooth}
 def check_settings():
     """Raises UserError for settings that do not go together."""
     runtime.require_positive(config, 'per_class')
-    if bool(mask) + bool(outpaint) != bool(edit):
-        raise UserError('to edit a photo give --edit=PHOTO and one of --mask=MASK.png and '
-                        '--outpaint=LEFT,TOP,RIGHT,BOTTOM')
-    if bool(refocus) != bool(radius):
-        raise UserError('to refocus a photo give --refocus=PHOTO and --radius=PIXELS')
-    if sum(map(bool, (edit, refocus, num_samples, export))) > 1:
-        raise UserError('give only one of --edit, --refocus, --num_samples and --export')
+    if (bool(mask) + bool(outpaint) != bool(edit) or bool(refocus) != bool(radius)
+            or sum(map(bool, (edit, refocus, num_samples, export))) > 1):
+        raise UserError('give only one of: --edit=PHOTO with --mask=MASK.png or --outpaint=LEFT,TOP,RIGHT,'
+                        'BOTTOM; --refocus=PHOTO with --radius=PIXELS; --num_samples=NUMBER; --export=FOLDER')
     photo = edit or refocus
     if class_ != -1 and not photo or classes and (photo or num_samples):
         raise UserError('--class=NUMBER goes with --edit and --refocus; these and --num_samples take '

@@ -125,9 +125,9 @@ class SmallCNN(nn.Module):
     Images (B, 3, S, S) in [−1, 1]. Those wider than 64 px are averaged down to 64.
     """
 
-    def __init__(self, num_classes, width=32):
+    def __init__(self, num_classes):
         super().__init__()
-        widths = 3, width, 2 * width, 4 * width, 4 * width
+        widths = 3, 32, 64, 128, 128
         layers = []
         for width_in, width_out, stride in zip(widths, widths[1:], (1, 2, 2, 1)):
             layers += [
@@ -136,10 +136,10 @@ class SmallCNN(nn.Module):
                 nn.ReLU(),
             ]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = nn.Linear(128, num_classes)
 
     def features(self, x):
-        """(B, 3, S, S) → (B, 4·width)."""
+        """(B, 3, S, S) → (B, 128)."""
         if x.shape[-1] > 64:
             x = F.interpolate(x, (64, 64), mode='area')
         return self.layers(x).mean((2, 3))

@@ -66,12 +66,11 @@ def load_mask(mask, photo, image_size):
         inside[top:bottom, left:right] = 1
     else:
         picture = open_picture(mask, 10 ** 6)               # never decoded at a fraction of its size
-        w, h = picture.size
         width, height = open_photo(photo, image_size).size
-        if abs(w / h - width / height) > 0.02 * width / height:
-            raise UserError(f'{mask!a} is {w} × {h}, the photo {width} × {height}: '
+        if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
+            raise UserError(f'{mask!a} is {picture.width} × {picture.height}, the photo {width} × {height}: '
                             f'the mask must have the proportions of the photo')
-        square = ImageOps.fit(picture.convert('L'), (min(w, h),) * 2, Image.Resampling.NEAREST)
+        square = ImageOps.fit(picture.convert('L'), (min(picture.size),) * 2, Image.Resampling.NEAREST)
         white = torch.from_numpy(np.array(square)) > 127
         inside = F.adaptive_max_pool2d(white[None].float(), image_size)[0]
     if inside.min() == inside.max():
