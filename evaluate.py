@@ -26,7 +26,6 @@ writes them to out_dir/results.json, with the settings, versions and fingerprint
 """
 import hashlib
 import json
-import os
 import platform
 import tempfile
 from contextlib import suppress
@@ -91,7 +90,7 @@ def check_settings():
     runtime.require_positive(config, 'per_class', 'cnn_steps', 'cnn_batch')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')
-    if reference not in ('train', 'val') and not os.path.exists(reference):
+    if reference not in ('train', 'val') and not Path(reference).exists():
         raise UserError(f'--reference={reference}: no such file; choose train, val, a folder of images, '
                         f'or an .npz of images or statistics (mu, sigma)')
     if vae and not data:
@@ -120,9 +119,10 @@ def find_inception():
 
     Raises UserError for a file with other weights: with those it would not be FID.
     """
-    for path in (inception_weights, f'{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}'):
-        if os.path.isfile(path):
-            if hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8] not in INCEPTION:
+    in_hub = f'{torch.hub.get_dir()}/checkpoints/{Path(INCEPTION).name}'
+    for path in map(Path, (inception_weights, in_hub)):
+        if path.is_file():
+            if hashlib.sha256(path.read_bytes()).hexdigest()[:8] not in INCEPTION:
                 raise UserError(f'{path} is truncated or another file: '
                                 f'download {INCEPTION} again, or use --distance=cnn')
             return path
@@ -154,12 +154,12 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 
     It is read from its file if that was made from the same data with the same settings.
     """
-    path = cnn_file or f'{out_dir}/cnn.pt'
+    path = Path(cnn_file or f'{out_dir}/cnn.pt')
     settings = {
         'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
         'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed,
     }
-    if os.path.isfile(path):
+    if path.is_file():
         saved = load_checkpoint(path, 'cnn')
         if saved['settings'] == settings:
             cnn = SmallCNN(len(classes)).to(dev, memory_format=torch.channels_last)

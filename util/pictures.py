@@ -119,10 +119,10 @@ def fonts():
 def font_for(text):
     """The first font with all letters of a text, or None."""
     if text.isascii():
-        return ImageFont.load_default(14)
+        return fonts()[0]
     for font in fonts():
-        missing = font.getmask('\uffff')                    # what a font draws for letters it lacks
-        if all(list(font.getmask(letter)) != list(missing) for letter in text):
+        missing = list(font.getmask('\uffff'))              # what a font draws for letters it lacks
+        if missing not in [list(font.getmask(letter)) for letter in text]:
             return font
 
 
