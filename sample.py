@@ -23,6 +23,7 @@ or version of torch may sum in another order and change the last bits, which occ
 To continue an interrupted run, repeat the command.
 """
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -97,17 +98,17 @@ def choose_classes(names):
 
     Raises UserError for a class that the student does not have.
     """
-    known = [str(number) for number in range(len(names))]
-    text = classes or ','.join(known[:10])
+    numbers = range(len(names))
+    asked = classes.split(',') if classes else numbers[:10]
     if edit or refocus:
-        text = 'none' if class_ == -1 else str(class_)
-    if text == 'none':
+        asked = [class_]
+    if asked in (['none'], [-1]):
         return [len(names)]
-    for number in text.split(','):
-        if number.strip() not in known:
-            raise UserError(f'--class and --classes: there is no class {number}; '
-                            f'this student has 0 to {len(names) - 1}, and none')
-    return [int(number) for number in text.split(',')]
+    with suppress(ValueError):
+        chosen = [int(number) for number in asked]
+        if set(chosen) <= set(numbers):
+            return chosen
+    raise UserError(f'--class and --classes take numbers from 0 to {len(names) - 1}, or none; got {asked}')
 
 
 def draw(structure, student, names, autocast, dev):
