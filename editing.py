@@ -25,8 +25,12 @@ def painted_tokens(mask, patch_nums):
     it holds the tone of the whole picture, and old and new parts must agree on that. In the last map every
     cell that the mask touches is painted, so a thin mask changes details only.
     """
-    inside = [area(mask[None, None], p).flatten(1) for p in patch_nums]
-    painted = [cells >= 0.5 for cells in inside]
+    inside = [
+        area(mask[None, None], p).flatten(1)
+        for p in patch_nums]
+    painted = [
+        cells >= 0.5
+        for cells in inside]
     painted[0][:] = False
     painted[-1] = inside[-1] > 0
     return painted
@@ -43,7 +47,11 @@ def feather(mask, margin=2):
     Every pixel outside stays as it was. There is no ramp at the picture's own borders. Where the mask is too
     thin for the ramp, the weight is scaled to reach 1 in its middle.
     """
-    weight = sum(1 - widen(1 - mask, distance) for distance in range(margin + 1)) / (margin + 1)
+    outside = 1 - mask
+    ramp = [
+        1 - widen(outside, distance)
+        for distance in range(margin + 1)]
+    weight = sum(ramp) / len(ramp)
     return weight / widen(weight, margin).clamp(min=0.1)
 
 
@@ -54,7 +62,9 @@ def edit(student, tokenizer, photo, mask, labels, **sampling):
     sampling: cfg, top_k, top_p, generator and smooth, as in VAR.generate.
     """
     painted = painted_tokens(mask, tokenizer.patch_nums)
-    given = [tokens.masked_fill(cells, -1) for tokens, cells in zip(tokenizer.encode(photo), painted)]
+    given = [
+        tokens.masked_fill(cells, -1)
+        for tokens, cells in zip(tokenizer.encode(photo), painted)]
     _, images = student.generate(tokenizer, labels, given=given, **sampling)
     return photo + feather(mask) * (images - photo)
 
@@ -83,10 +93,14 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
     UserError if the radius is outside the tokenizer's focus states, or if it has none.
     """
     known = known_states(tokenizer.radii, radius)
-    further = [math.sqrt(max(0.0, r * r - radius * radius)) for r in known]
+    further = [
+        math.sqrt(max(0.0, r * r - radius * radius))
+        for r in known]
     given = tokenizer.encode(blurred, radii=further)
     _, images = student.generate(tokenizer, labels, given=given, **sampling)
-    return consistent(images, blurred, radius, tokenizer.kernel, noise) if noise else images
+    if noise == 0:
+        return images
+    return consistent(images, blurred, radius, tokenizer.kernel, noise)
 
 
 def consistent(images, blurred, radius, kernel='disk', noise=1e-3):
@@ -111,7 +125,9 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     mirrored = F.pad(images - mean, (0, S - 2) * 2, mode='reflect')
     weight = psf(radius, kernel).to(images)
     half = len(weight) // 2
-    centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2).roll((-half, -half), (0, 1))
+    centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2)
+    centred = centred.roll((-half, -half), (0, 1))
     H = torch.fft.rfft2(centred).real                       # the PSF is symmetric, so H is real
-    restored = torch.fft.irfft2(torch.fft.rfft2(mirrored) * H / (H * H + noise))
+    spectrum = torch.fft.rfft2(mirrored) * H / (H * H + noise)
+    restored = torch.fft.irfft2(spectrum)
     return restored[..., :S, :S] + mean

@@ -21,7 +21,8 @@ def psnr(a, b):
 
     a, b (B, 3, H, W) in [−1, 1], so the peak is 2.
     """
-    error = (a.float() - b.float()).square().flatten(1).mean(1)
+    error = (a.float() - b.float()).square()
+    error = error.flatten(1).mean(1)
     return (10 * torch.log10(4 / error)).mean().item()
 
 
@@ -37,10 +38,13 @@ def ssim(a, b):
     window = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / 4.5)
     window = window / window.sum()
     # windowed means as matrix products; float64, because variances are small differences of large numbers
-    down, across = (torch.eye(n, dtype=torch.float64).unfold(1, 11, 1) @ window for n in (H, W))
+    down, across = (
+        torch.eye(n, dtype=torch.float64).unfold(1, 11, 1) @ window
+        for n in (H, W))
     a, b = a.cpu().double(), b.cpu().double()
     mean_a, mean_b, mean_aa, mean_bb, mean_ab = (
-        down.T @ x @ across for x in (a, b, a * a, b * b, a * b))
+        down.T @ x @ across
+        for x in (a, b, a * a, b * b, a * b))
     variances = mean_aa - mean_a ** 2 + (mean_bb - mean_b ** 2)
     covariance = mean_ab - mean_a * mean_b
     c1, c2 = 0.02 ** 2, 0.06 ** 2
@@ -68,8 +72,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     variances, vectors = torch.linalg.eigh(sigma1)
     root = vectors * variances.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+    values = torch.linalg.eigvalsh(root @ sigma2 @ root)
+    overlap = values.clamp(min=0).sqrt().sum()
+    shift = (mu1 - mu2).square().sum()
+    distance = shift + sigma1.trace() + sigma2.trace() - 2 * overlap
     return distance.clamp(min=0).item()
 
 
@@ -192,7 +198,11 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
 def cnn_statistics(cnn, images, labels=None):
     """statistics() of the CNN's features of uint8 images, and its accuracy on their labels, if any."""
     device = cnn.head.weight.device
-    features = torch.cat([cnn.features(normalize(to_device(batch, device))) for batch in images.split(256)])
+    features = torch.cat([
+        cnn.features(normalize(to_device(batch, device)))
+        for batch in images.split(256)])
     predicted = cnn.head(features).argmax(1).cpu()
-    accuracy = None if labels is None else (predicted == labels).float().mean().item()
+    accuracy = None
+    if labels is not None:
+        accuracy = (predicted == labels).float().mean().item()
     return statistics(features.cpu()), accuracy

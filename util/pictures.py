@@ -91,7 +91,8 @@ def place_photo(path, image_size, margins):
     if min(width, height) < 1 or not any(margins):
         raise UserError(f'--outpaint: leave some of the {image_size} pixels for the photo, and some for what '
                         'is around it')
-    photo = ImageOps.fit(open_photo(path, image_size), (width, height), Image.Resampling.LANCZOS)
+    photo = open_photo(path, image_size)
+    photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
     photo = normalize(torch.from_numpy(np.array(photo)).permute(2, 0, 1))[None]
     padding = left, right, top, bottom
     mask = F.pad(torch.zeros(height, width), padding, value=1.0)
@@ -150,11 +151,15 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     pitch = side + 2
     left = max((math.ceil(font_for(name).getlength(name)) + 12 for name in row_names), default=0)
     top = max((24 + 16 * name.count('\n') for name in column_names), default=0)
-    corners = [(left + i % columns * pitch, top + i // columns * pitch) for i in range(len(images))]
-    canvas = Image.new('RGB', (left + columns * pitch - 2, corners[-1][1] + side), 'white')
+    corners = [
+        (left + i % columns * pitch, top + i // columns * pitch)
+        for i in range(len(images))]
+    size = left + columns * pitch - 2, corners[-1][1] + side
+    canvas = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(canvas)
     for image, corner in zip(images, corners):
-        canvas.paste(to_picture(image).resize((side, side), Image.Resampling.NEAREST), corner)
+        cell = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(cell, corner)
     for name, (_, y) in zip(row_names, corners[::columns]):
         draw.text((6, y + side // 2 - 9), name, 'black', font_for(name))
     for name, (x, _) in zip(column_names, corners):
@@ -213,4 +218,6 @@ def save_gif(path, frames):
     first, *rest = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
     milliseconds = [500] * len(rest) + [2000]
     with atomic_write(path) as file:
-        first.save(file, 'GIF', save_all=True, append_images=rest, duration=milliseconds, loop=0)
+        first.save(
+            file, 'GIF', save_all=True, append_images=rest,
+            duration=milliseconds, loop=0)
