@@ -70,7 +70,7 @@ PARTS = {
 class Published(dict):
     """A copy of a published state dict. UserError if it is not one, or for a name that it lacks.
 
-    what: one of PARTS. Prefixes that DDP and torch.compile add are removed.
+    what: one of PARTS. Prefixes that DDP and torch.compile add are removed, and what is not a tensor.
     """
 
     def __init__(self, saved, what):
@@ -79,7 +79,8 @@ class Published(dict):
         with suppress(AttributeError):                      # not a dictionary
             trainer = saved.get('trainer', saved)
             weights = trainer.get(part, trainer).items()
-            self.update((re.sub(r'\b(module|_orig_mod)\.', '', name), weight) for name, weight in weights)
+            self.update((re.sub(r'\b(module|_orig_mod)\.', '', name), weight)
+                        for name, weight in weights if torch.is_tensor(weight))
         if known not in self:
             raise UserError(f'this is not a published VAR {what} such as {file} (it has no {known})')
 
