@@ -31,9 +31,14 @@ def painted_tokens(mask, patch_nums):
     painted = [
         cells >= 0.5
         for cells in inside]
-    painted[0] = torch.zeros_like(painted[0])
+    painted[0][:] = False
     painted[-1] = inside[-1] > 0
     return painted
+
+
+def widen(image, margin):
+    """The largest value of an image (S, S) within `margin` pixels, diagonals included, of every pixel."""
+    return F.max_pool2d(image[None], 2 * margin + 1, stride=1, padding=margin)[0]
 
 
 def feather(mask, margin=2):
@@ -42,14 +47,12 @@ def feather(mask, margin=2):
     Every pixel outside stays as it was. There is no ramp at the picture's own borders. Where the mask is too
     thin for the ramp, the weight is scaled to reach 1 in its middle.
     """
-    outside = (1 - mask)[None, None]
-    weight = torch.zeros_like(mask)
-    for _ in range(margin + 1):
-        weight += (1 - outside[0, 0]) / (margin + 1)
-        outside = F.max_pool2d(outside, 3, stride=1, padding=1)
-    side = 2 * margin + 1
-    middle = F.max_pool2d(weight[None], side, stride=1, padding=margin)[0]
-    return weight / middle.clamp(min=0.1)
+    outside = 1 - mask
+    ramp = [
+        1 - widen(outside, distance)
+        for distance in range(margin + 1)]
+    weight = sum(ramp) / len(ramp)
+    return weight / widen(weight, margin).clamp(min=0.1)
 
 
 def edit(student, tokenizer, photo, mask, labels, **sampling):
@@ -72,14 +75,12 @@ def edit(student, tokenizer, photo, mask, labels, **sampling):
 def known_states(radii, radius):
     """Radii of the focus states that follow from a photo with this blur: those blurred at least as much.
 
-    Raises UserError if there are none, or if the radius (pixels) is not above 0.5 and at most radii[0].
+    Raises UserError if the radius (pixels) is not above 0.5 and at most radii[0].
     """
-    if max(radii) == 0:
-        raise UserError('this tokenizer has no focus states (pyramid=scale, or no kernel), so it cannot '
-                        'refocus; use one trained for next-focus prediction')
     if not 0.5 < radius <= radii[0]:
         raise UserError(f'--radius={radius:g}: give the blur radius in pixels of the photo at the student\'s '
-                        f'size, above 0.5 and at most {radii[0]:g}, the blur of the first state')
+                        f'size, above 0.5 and at most {radii[0]:g}, the blur of the first state (0: this '
+                        'tokenizer has no focus states and cannot refocus)')
     return [r for r in radii if r >= radius - 1e-6]
 
 
@@ -121,11 +122,10 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     """
     S = images.shape[-1]
     mean = images.mean((2, 3), keepdim=True)
-    mirrored = F.pad(images - mean, (0, S - 2, 0, S - 2), mode='reflect')
+    mirrored = F.pad(images - mean, (0, S - 2) * 2, mode='reflect')
     weight = psf(radius, kernel).to(images)
-    side = weight.shape[-1]
-    half = side // 2
-    centred = F.pad(weight, (0, 2 * S - 2 - side) * 2)
+    half = len(weight) // 2
+    centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2)
     centred = centred.roll((-half, -half), (0, 1))
     H = torch.fft.rfft2(centred).real                       # the PSF is symmetric, so H is real
     spectrum = torch.fft.rfft2(mirrored) * H / (H * H + noise)

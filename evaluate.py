@@ -26,7 +26,6 @@ writes them to out_dir/results.json, with the settings, versions and fingerprint
 """
 import hashlib
 import json
-import os
 import platform
 import tempfile
 from contextlib import suppress
@@ -55,7 +54,7 @@ parts = 'tokenizer,student,samples'  # what to measure
 init_from = ''                  # student.pt (default: in out_dir), or with --vae a published transformer
 tokenizer = ''                  # tokenizer.pt (default: next to student.pt)
 vae = ''                        # a published VAR tokenizer instead
-patch_nums = ()                 # token maps of published weights (default: VAR's for 256 or 512 px)
+patch_nums = ()                 # token maps of published weights (default: read from them)
 tokens = ''                     # folder with encode.py's token files (default: tokens next to tokenizer.pt)
 # real images
 data = ''                       # images (default: the tokenizer's training data)
@@ -86,13 +85,12 @@ config = configure(globals())
 
 def check_settings():
     """Raises UserError for settings that make no sense."""
-    for part in parts.split(','):
-        if part not in ('tokenizer', 'student', 'samples'):
-            raise UserError(f'--parts={parts}: unknown part {part!r}; choose from tokenizer,student,samples')
+    if not set(parts.split(',')) <= {'tokenizer', 'student', 'samples'}:
+        raise UserError(f'--parts={parts}: choose from tokenizer,student,samples')
     runtime.require_positive(config, 'per_class', 'cnn_steps', 'cnn_batch')
     if distance not in ('auto', 'fid', 'cnn'):
         raise UserError(f'--distance={distance}: choose auto, fid or cnn')
-    if reference not in ('train', 'val') and not os.path.exists(reference):
+    if reference not in ('train', 'val') and not Path(reference).exists():
         raise UserError(f'--reference={reference}: no such file; choose train, val, a folder of images, '
                         f'or an .npz of images or statistics (mu, sigma)')
     if vae and not data:
@@ -111,23 +109,24 @@ def check_classes(known, found, where):
 # -----------------------------------------------------------------------------
 # what measures distances: Inception or the CNN
 
+# its name ends in the first digits of its SHA-256
+INCEPTION = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+             'weights-inception-2015-12-05-6726825d.pth')
+
+
 def find_inception():
-    """Path of the Inception weights. Raises FileNotFoundError that says what to put where.
+    """Path of the Inception weights, or '' if they are not on disk.
 
     Raises UserError for a file with other weights: with those it would not be FID.
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-    except ImportError as error:
-        raise FileNotFoundError(f'torch-fidelity is missing ({error}): pip install -r requirements.txt')
-    name = os.path.basename(url)                            # ends in the first digits of the SHA-256
-    for path in (inception_weights, os.path.join(torch.hub.get_dir(), 'checkpoints', name)):
-        if os.path.isfile(path):
-            if hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8] not in name:
+    in_hub = f'{torch.hub.get_dir()}/checkpoints/{Path(INCEPTION).name}'
+    for path in map(Path, (inception_weights, in_hub)):
+        if path.is_file():
+            if hashlib.sha256(path.read_bytes()).hexdigest()[:8] not in INCEPTION:
                 raise UserError(f'{path} is truncated or another file: '
-                                f'download {url} again, or use --distance=cnn')
+                                f'download {INCEPTION} again, or use --distance=cnn')
             return path
-    raise FileNotFoundError(f'the Inception weights are not on disk: put {url} at {inception_weights}')
+    return ''
 
 
 def choose_distance(only_statistics):
@@ -135,19 +134,18 @@ def choose_distance(only_statistics):
 
     only_statistics: the reference has no images. Raises UserError if that leaves nothing to measure with.
     """
-    remedy = 'leave out --distance=cnn'
-    if distance != 'cnn':
-        try:
-            return find_inception()
-        except FileNotFoundError as error:
-            remedy = str(error)
-    if distance == 'fid':
-        raise UserError(remedy)
+    path = '' if distance == 'cnn' else find_inception()
+    if path:
+        return path
+    remedy = f'put {INCEPTION} at {inception_weights}'
     if only_statistics:
         raise UserError(f'--reference={reference} holds statistics of Inception features, which FD-cnn '
-                        f'cannot use: give images; or for FID, {remedy}')
+                        f'cannot use: give images; or for FID, leave out --distance=cnn and {remedy}')
+    if distance == 'fid':
+        raise UserError(f'the Inception weights are not on disk: {remedy}')
     if distance == 'auto':
-        runtime.say(f'no FID: {remedy}. Using FD-cnn, which compares runs on the same data and is not FID.')
+        runtime.say(f'no FID: the Inception weights are not on disk: {remedy}. '
+                    'Using FD-cnn, which compares runs on the same data and is not FID.')
     return ''
 
 
@@ -156,12 +154,12 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 
     It is read from its file if that was made from the same data with the same settings.
     """
-    path = cnn_file or f'{out_dir}/cnn.pt'
+    path = Path(cnn_file or f'{out_dir}/cnn.pt')
     settings = {
         'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
         'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed,
     }
-    if os.path.isfile(path):
+    if path.is_file():
         saved = load_checkpoint(path, 'cnn')
         if saved['settings'] == settings:
             cnn = SmallCNN(len(classes)).to(dev, memory_format=torch.channels_last)
@@ -181,7 +179,6 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 # -----------------------------------------------------------------------------
 # metrics
 
-@torch.no_grad()
 def tokenizer_metrics(structure, images, autocast):
     """PSNR (dB) and SSIM of uint8 images, the perplexity in training; and their reconstructions."""
     codebook = structure.quantizer.codebook
@@ -189,7 +186,7 @@ def tokenizer_metrics(structure, images, autocast):
     for batch in images.split(batch_size or 50):
         x = normalize(runtime.to_device(batch, codebook.weight.device))
         with autocast():
-            y = structure.decode(structure.encode(x)).float()
+            y = structure.decode(structure.encode(x))
         psnr_sum += len(batch) * psnr(y, x)
         ssim_sum += len(batch) * ssim(y, x)
         decoded.append(to_uint8(y).cpu())
@@ -218,13 +215,14 @@ def generate(student, structure, autocast):
 
 
 def report(name, metrics):
-    """Prints metrics on one line, by their names in results.json."""
+    """Prints metrics on one line, by their names in results.json, and returns them."""
     def text(value):
         if isinstance(value, list):
             return ' '.join(map(text, value))
         return f'{value:.5g}' if isinstance(value, float) else str(value)
 
     runtime.say(f'{name}: ' + ', '.join(f'{key} {text(value)}' for key, value in metrics.items()))
+    return metrics
 
 
 # a set of images, and what it is measured against
@@ -255,8 +253,8 @@ def compare(sets, weights_path, cnn, dev, moments):
                 (moments1, accuracy), (moments2, _) = seen[name], seen[against]
                 metrics = {'fd_cnn': frechet_distance(*moments1, *moments2), 'recognised': accuracy}
             counts = {'images': len(images), 'against_images': len(others) or None}
-            rows.append({'set': name, 'against': against} | counts | metrics)
-            report(f'{name} against {against}', counts | metrics)
+            row = report(f'{name} against {against}', counts | metrics)
+            rows.append({'set': name, 'against': against} | row)
     return rows
 
 
@@ -274,9 +272,8 @@ def versions():
 
 def made_with(path):
     """The settings that sample.py stored in an .npz; None for samples from elsewhere."""
-    if os.path.isfile(path):
-        with suppress(KeyError, ValueError):
-            return json.loads(str(load_arrays(path, ('made_with',))['made_with']))
+    with suppress(UserError, KeyError, ValueError):
+        return json.loads(str(load_arrays(path, ('made_with',))['made_with']))
 
 
 def main():
@@ -304,8 +301,7 @@ def main():
     if 'student' in parts:
         held_out = TokenDataset(tokens or folder / 'tokens', 'val', results['tokenizer_digest'])
         check_classes(stage2['classes'], held_out.classes, held_out.path)
-        results['student'] = student_metrics(student, structure, held_out, autocast)
-        report('student', results['student'])
+        results['student'] = report('student', student_metrics(student, structure, held_out, autocast))
     if 'tokenizer' in parts or 'samples' in parts:
         datasets = {split: open_dataset(data_name, split, structure.image_size)
                     for split in ('train', 'val')}
@@ -337,8 +333,7 @@ def evaluate_pictures(structure, student, real, data_name, classes, autocast, de
     if not weights_path:
         cnn, accuracy = load_or_train_cnn(*real.values(), data_name, classes, dev)
         num_features = cnn.head.in_features
-        results['cnn'] = {'accuracy': accuracy, 'digest': digest(cnn.state_dict())}
-        report('CNN for FD-cnn', results['cnn'])
+        results['cnn'] = report('CNN for FD-cnn', {'accuracy': accuracy, 'digest': digest(cnn.state_dict())})
 
     # samples, and a floor of as many real images, because fewer have a larger distance by chance alone
     images, labels = real['val']
@@ -368,8 +363,8 @@ def evaluate_pictures(structure, student, real, data_name, classes, autocast, de
     results['warnings'] = warnings
 
     if 'tokenizer' in parts:
-        results['tokenizer'], decoded = tokenizer_metrics(structure, images, autocast)
-        report('tokenizer', results['tokenizer'])
+        metrics, decoded = tokenizer_metrics(structure, images, autocast)
+        results['tokenizer'] = report('tokenizer', metrics)
         chosen = evenly_over_classes(labels, count)
         sets['reconstructed'] = decoded[chosen], labels[chosen]
         sets['originals'] = images[chosen], labels[chosen]

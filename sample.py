@@ -23,7 +23,7 @@ or version of torch may sum in another order and change the last bits, which occ
 To continue an interrupted run, repeat the command.
 """
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ out_dir = 'out'                 # folder for the pictures
 init_from = ''                  # student.pt (default: in out_dir), or with --vae a published transformer
 tokenizer = ''                  # tokenizer.pt (default: next to student.pt)
 vae = ''                        # a published VAR tokenizer instead
-patch_nums = ()                 # token maps of published weights (default: VAR's for 256 or 512 px)
+patch_nums = ()                 # token maps of published weights (default: read from them)
 export = ''                     # folder for student and tokenizer in VAR's format; nothing is sampled
 # classes
 classes = ''                    # class numbers, for example 207,980, or none (default: the first ten)
@@ -79,65 +79,98 @@ sampling = {'cfg': cfg, 'top_k': top_k, 'top_p': top_p, 'smooth': smooth}
 def check_settings():
     """Raises UserError for settings that do not go together."""
     runtime.require_positive(config, 'per_class')
-    if bool(edit) != bool(mask or outpaint) or mask and outpaint:
-        raise UserError('to edit a photo give --edit=PHOTO and one of --mask=MASK.png and '
-                        '--outpaint=LEFT,TOP,RIGHT,BOTTOM')
-    if bool(refocus) != bool(radius):
-        raise UserError('to refocus a photo give --refocus=PHOTO and --radius=PIXELS')
-    if sum(map(bool, (edit, refocus, num_samples, export))) > 1:
-        raise UserError('give only one of --edit, --refocus, --num_samples and --export')
+    if (bool(mask) + bool(outpaint) != bool(edit) or bool(refocus) != bool(radius)
+            or sum(map(bool, (edit, refocus, num_samples, export))) > 1):
+        raise UserError('give only one of: --edit=PHOTO with --mask=MASK.png or --outpaint=LEFT,TOP,RIGHT,'
+                        'BOTTOM; --refocus=PHOTO with --radius=PIXELS; --num_samples=NUMBER; --export=FOLDER')
     photo = edit or refocus
     if class_ != -1 and not photo or classes and (photo or num_samples):
         raise UserError('--class=NUMBER goes with --edit and --refocus; these and --num_samples take '
                         'no --classes')
-    if out and (not num_samples or not out.endswith('.npz') or os.path.isdir(out)):
+    if out and (not num_samples or not out.endswith('.npz') or Path(out).is_dir()):
         raise UserError(f'--out={out}: needs --num_samples=NUMBER and a file name ending in .npz')
     if runtime.world_size() > 1 and not num_samples:
         raise UserError('only --num_samples runs on several processes: start with python, not with torchrun')
 
 
-def check_classes(names):
-    """The numbers of the classes to sample. Raises UserError for a class that the student does not have."""
-    if classes == 'none':
+def choose_classes(names):
+    """The numbers of the classes to sample; no class is one more than the last.
+
+    Raises UserError for a class that the student does not have.
+    """
+    numbers = range(len(names))
+    asked = classes.split(',') if classes else numbers[:10]
+    if edit or refocus:
+        asked = [class_]
+    if asked in (['none'], [-1]):
         return [len(names)]
-    chosen = classes.split(',') if classes else range(min(10, len(names)))
-    for number in (*chosen, max(class_, 0)):
-        if str(number).strip() not in map(str, range(len(names))):
-            raise UserError(f'--class and --classes: there is no class {number}; '
-                            f'this student has 0 to {len(names) - 1}, and none')
-    return list(map(int, chosen))
+    with suppress(ValueError):
+        chosen = [int(number) for number in asked]
+        if set(chosen) <= set(numbers):
+            return chosen
+    raise UserError(f'--class and --classes take numbers from 0 to {len(names) - 1}, or none; got {asked}')
 
 
-def name_classes(numbers, names):
-    """Classes for a message, as 'class 3 (brick)'. The number after the last class means none."""
-    return ', '.join(f'class {c} ({names[c]!r})' if c < len(names) else 'no class' for c in numbers)
-
-
-def sample_classes(structure, student, chosen, names, autocast, dev):
-    """Writes samples.png and focus.gif. chosen: class numbers, or one more than the last for no class."""
+def draw(structure, student, names, autocast, dev):
+    """Writes pictures of the chosen classes, or edited photos, and says where. names: of all classes."""
+    chosen = choose_classes(names)
+    names = [*names, 'no class']
     labels = torch.tensor(chosen, device=dev).repeat_interleave(per_class)
     options = sampling | {'generator': torch.Generator(dev).manual_seed(seed)}
-    if classes == 'none':
+    if chosen == [student.num_classes]:
         options['cfg'] = 0
-    samples = []
-    for batch in labels.split(batch_size or pictures_at_once(student)):
+    if edit or refocus:
         with autocast():
-            samples.append(student.generate(structure, batch, **options))
+            files = edit_photo(structure, student, labels, options)
+    else:
+        row_names = [legible(names[c]) or str(c) for c in chosen]
+        files = sample_classes(structure, student, labels, row_names, autocast, options)
+    runtime.say(f'wrote {files}: ' + ', '.join(f'class {c} ({names[c]!r})' for c in chosen))
+
+
+def sample_classes(structure, student, labels, row_names, autocast, options):
+    """Writes samples.png, a row of per_class pictures for each of row_names, and focus.gif; returns both
+    names."""
+    with autocast():
+        samples = [student.generate(structure, batch, **options)
+                   for batch in labels.split(batch_size or pictures_at_once(student))]
     tokens, images = zip(*samples)
-    row_names = [legible([*names, 'no class'][c]) or str(c) for c in chosen]
-    grid = picture_grid(torch.cat(images), per_class, row_names)
-    save_png(f'{out_dir}/samples.png', grid)
+    images = torch.cat(images)
+    save_png(f'{out_dir}/samples.png', picture_grid(images, per_class, row_names))
 
     # for up to five classes: the first picture, map by map, above the finished one, blurred to match
     first = slice(0, 5 * per_class, per_class)
     decoded = structure.decode_states([torch.cat(maps)[first] for maps in zip(*tokens)])
-    blurred = structure.focus_states(torch.cat(images)[first])
+    blurred = structure.focus_states(images[first])
     titles = focus_labels(structure.radii, decoded, blurred)
     frames = [picture_grid(torch.cat(rows), len(rows[0]), ('decoded', 'blurred'), [title], side=160)
               for *rows, title in zip(decoded, blurred, titles)]
     save_gif(f'{out_dir}/focus.gif', frames)
-    runtime.say(f'wrote {out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif: '
-                f'{name_classes(chosen, names)}')
+    return f'{out_dir}/samples.png ({len(labels)} pictures) and {out_dir}/focus.gif'
+
+
+def edit_photo(structure, student, labels, options):
+    """Writes edit.png, outpaint.png or refocus.png, and every variant as a file of its own; returns the
+    names."""
+    size, dev = structure.image_size, labels.device
+    if refocus:
+        name, photo = 'refocus', load_photo(refocus, size).to(dev)
+        shown = {'photo': photo}
+        images = editing.refocus(student, structure, photo, radius, labels, **options)
+    else:
+        if outpaint:
+            name, (photo, inside) = 'outpaint', place_photo(edit, size, outpaint)
+        else:
+            name, photo, inside = 'edit', load_photo(edit, size), load_mask(mask, edit, size)
+        photo, inside = photo.to(dev), inside.to(dev)
+        shown = {'photo': photo, 'mask': photo * (1 - inside)}
+        images = editing.edit(student, structure, photo, inside, labels, **options)
+    columns = [*shown, *map(str, range(1, per_class + 1))]
+    grid = picture_grid(torch.cat([*shown.values(), images]), len(columns), column_names=columns)
+    save_png(f'{out_dir}/{name}.png', grid)
+    for i, image in enumerate(images, start=1):
+        save_png(f'{out_dir}/{name}-{i}.png', to_picture(image))
+    return f'{out_dir}/{name}.png and {out_dir}/{name}-1.png … {per_class}'
 
 
 def generate_samples(structure, student, labels, batches, seed, autocast, **sampling):
@@ -157,13 +190,13 @@ def generate_samples(structure, student, labels, batches, seed, autocast, **samp
             bar.update(len(numbers))
 
 
-def write_samples(structure, student, student_step, autocast, dev):
+def write_samples(path, structure, student, student_step, autocast, dev):
     """Writes num_samples pictures to an .npz: arr_0 (N, S, S, 3) uint8, arr_1 (N,) classes, made_with (JSON).
 
     They are collected in a .partial file next to it. Raises UserError if num_samples is not a multiple of the
     number of classes.
     """
-    size, path = structure.image_size, Path(out or f'{out_dir}/samples.npz')
+    size = structure.image_size
     partial = path.with_suffix('.partial')
     labels = balanced_labels(student.num_classes, num_samples, seed)
     made_with = {
@@ -190,37 +223,6 @@ def write_samples(structure, student, student_step, autocast, dev):
     runtime.barrier()
 
 
-@torch.no_grad()
-def edit_photo(structure, student, names, dev):
-    """Writes edit.png, outpaint.png or refocus.png, and every variant as a file of its own."""
-    size = structure.image_size
-    label = class_ % (student.num_classes + 1)              # −1 becomes num_classes: no class
-    labels = torch.full((per_class,), label, device=dev)
-    options = sampling | {'generator': torch.Generator(dev).manual_seed(seed)}
-    if class_ == -1:
-        options['cfg'] = 0
-    if refocus:
-        name, photo = 'refocus', load_photo(refocus, size).to(dev)
-        shown = {'photo': photo}
-        images = editing.refocus(student, structure, photo, radius, labels, **options)
-    else:
-        name = 'outpaint' if outpaint else 'edit'
-        if outpaint:
-            photo, inside = place_photo(edit, size, outpaint)
-        else:
-            photo, inside = load_photo(edit, size), load_mask(mask, edit, size)
-        photo, inside = photo.to(dev), inside.to(dev)
-        shown = {'photo': photo, 'mask': photo * (1 - inside)}
-        images = editing.edit(student, structure, photo, inside, labels, **options)
-    columns = [*shown, *map(str, range(1, per_class + 1))]
-    grid = picture_grid(torch.cat([*shown.values(), images]), len(columns), column_names=columns)
-    save_png(f'{out_dir}/{name}.png', grid)
-    for i, image in enumerate(images, start=1):
-        save_png(f'{out_dir}/{name}-{i}.png', to_picture(image))
-    runtime.say(f'wrote {out_dir}/{name}.png and {out_dir}/{name}-1.png … {per_class}: '
-                f'{name_classes([label], names)}')
-
-
 def export_weights(structure, student):
     """Writes tokenizer and student in VAR's format, under the file names of VAR's release."""
     channels = structure.encoder.conv_in.out_channels
@@ -239,20 +241,16 @@ def main():
     autocast, _ = runtime.precision(dtype, dev)
     structure, student, _, checkpoint = load_deployed(
         out_dir, init_from, tokenizer, vae, patch_nums, dev)
-    names = checkpoint['classes']
-    chosen = check_classes(names)
     if compile:
         compile_sampling(student, dev)
     if num_samples:
-        with locked(Path(out or f'{out_dir}/samples.npz').with_suffix('.lock')):
-            write_samples(structure, student, checkpoint['step'], autocast, dev)
+        path = Path(out or f'{out_dir}/samples.npz')
+        with locked(path.with_suffix('.lock')):
+            write_samples(path, structure, student, checkpoint['step'], autocast, dev)
     elif export:
         export_weights(structure, student)
-    elif edit or refocus:
-        with autocast():
-            edit_photo(structure, student, names, dev)
     else:
-        sample_classes(structure, student, chosen, names, autocast, dev)
+        draw(structure, student, checkpoint['classes'], autocast, dev)
 
 
 if __name__ == '__main__':

@@ -232,7 +232,7 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
 
 
 @pytest.mark.parametrize('settings, message', [
-    ({'parts': 'tokenizer,sampels'}, "unknown part 'sampels'"),
+    ({'parts': 'tokenizer,sampels'}, '--parts=tokenizer,sampels: choose from'),
     ({'per_class': 0}, 'at least 1'),
     ({'reference': 'test'}, 'choose train, val, a folder of images, or an .npz'),
     ({'distance': 'is'}, 'auto, fid or cnn'),

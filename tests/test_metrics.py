@@ -168,9 +168,9 @@ def test_torch_fidelity_needs_ten_images():
 # the CNN
 
 def test_cnn_shapes_and_large_images_are_averaged_down():
-    cnn = SmallCNN(5, width=4).eval()
+    cnn = SmallCNN(5).eval()
     x = normal(2, 3, 128, 128).float()
-    assert cnn.features(x).shape == (2, 16) and cnn(x).shape == (2, 5)
+    assert cnn.features(x).shape == (2, 128) and cnn(x).shape == (2, 5)
     torch.testing.assert_close(cnn(x), cnn(torch.nn.functional.avg_pool2d(x, 2)))
 
 

@@ -61,8 +61,7 @@ def statistics(features):
     if len(features) < 2:
         raise UserError(f'a Fréchet distance needs at least 2 images, got {len(features)}')
     features = features.double()
-    mu = features.mean(0)
-    return mu, (features - mu).T @ (features - mu) / (len(features) - 1)
+    return features.mean(0), features.T.cov()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -71,9 +70,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     Means (D,) and covariances (D, D) in float64. Σ₁Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½,
     which needs no inverse, so singular matrices are fine.
     """
-    values, vectors = torch.linalg.eigh(sigma1)
-    deviations = values.clamp(min=0).sqrt()
-    root = vectors * deviations @ vectors.T
+    variances, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * variances.clamp(min=0).sqrt() @ vectors.T
     values = torch.linalg.eigvalsh(root @ sigma2 @ root)
     overlap = values.clamp(min=0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()
@@ -102,9 +100,9 @@ def torch_fidelity_metrics(
         'input2': Subset(real, range(len(real))),
         'input1_cache_name': names[0],
         'input2_cache_name': names[1],
-        'cache_root': str(cache),
+        'cache_root': cache,
         'feature_extractor': 'inception-v3-compat',
-        'feature_extractor_weights_path': str(weights_path),
+        'feature_extractor_weights_path': weights_path,
         'cuda': torch.device(device).type == 'cuda',
         'batch_size': batch_size,
         'save_cpu_ram': True,
@@ -133,9 +131,9 @@ class SmallCNN(nn.Module):
     Images (B, 3, S, S) in [−1, 1]. Those wider than 64 px are averaged down to 64.
     """
 
-    def __init__(self, num_classes, width=32):
+    def __init__(self, num_classes):
         super().__init__()
-        widths = 3, width, 2 * width, 4 * width, 4 * width
+        widths = 3, 32, 64, 128, 128
         layers = []
         for width_in, width_out, stride in zip(widths, widths[1:], (1, 2, 2, 1)):
             layers += [
@@ -144,10 +142,10 @@ class SmallCNN(nn.Module):
                 nn.ReLU(),
             ]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = nn.Linear(128, num_classes)
 
     def features(self, x):
-        """(B, 3, S, S) → (B, 4·width)."""
+        """(B, 3, S, S) → (B, 128)."""
         if x.shape[-1] > 64:
             x = F.interpolate(x, (64, 64), mode='area')
         return self.layers(x).mean((2, 3))
@@ -183,8 +181,8 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
     with runtime.progress(steps, label='cnn', images_per_step=batch) as bar:
         for _ in range(steps):
             picks = torch.randint(len(images), (batch,), generator=generator)
-            x = normalize(to_device(images[picks], device))
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = to_device(images[picks], device)
+            x = normalize(x).contiguous(memory_format=torch.channels_last)
             if augment:
                 x = mirror_and_shift(x, generator)
             loss = F.cross_entropy(cnn(x), to_device(labels[picks], device))

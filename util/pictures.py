@@ -26,9 +26,8 @@ def open_photo(path, image_size):
     image_size: of the chart. A JPEG may be decoded at a fraction of its size, but not below twice image_size.
     """
     if path in Charts.classes:
-        charts = Charts('val', image_size, len(Charts.classes))
-        chart = charts.images[Charts.classes.index(path)]
-        return to_picture(normalize(chart))
+        charts = Charts('val', image_size, len(Charts.classes)).images
+        return to_picture(normalize(charts[Charts.classes.index(path)]))
     return open_picture(path, 2 * image_size)
 
 
@@ -36,10 +35,8 @@ def open_picture(path, least_side):
     """Opens a file as a PIL RGB image, as read_picture() does. Raises UserError if it cannot."""
     try:
         return read_picture(path, least_side)
-    except FileNotFoundError:
-        raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
-        raise UserError(f'{path!a} cannot be read as a picture ({type(error).__name__}: {error})') from None
+        raise UserError(f'{path!a} cannot be read as a picture: {error!a}') from None
 
 
 def load_photo(path, image_size):
@@ -48,16 +45,13 @@ def load_photo(path, image_size):
     return normalize(square_crop(photo, image_size, min(photo.size)))[None]
 
 
-def check_box(name, box, limit):
-    """Four integers LEFT,TOP,RIGHT,BOTTOM from a sequence of numbers or strings.
-
-    Raises UserError unless all are whole numbers from 0 to limit. name: the setting they come from.
-    """
-    numbers = [int(side) for side in map(str, box) if side.strip().isdecimal()]
-    if not len(box) == len(numbers) == 4 or max(numbers) > limit:
-        raise UserError(f'--{name}={",".join(map(str, box))}: give LEFT,TOP,RIGHT,BOTTOM, '
-                        f'whole numbers from 0 to {limit}')
-    return numbers
+def read_box(setting, box, limit):
+    """LEFT,TOP,RIGHT,BOTTOM, numbers or strings, as integers. UserError unless all are from 0 to limit."""
+    with suppress(ValueError):
+        sides = [int(side) for side in map(str, box)]
+        if len(sides) == 4 and set(sides) <= set(range(limit + 1)):
+            return sides
+    raise UserError(f'--{setting}: give LEFT,TOP,RIGHT,BOTTOM, whole numbers from 0 to {limit}')
 
 
 def load_mask(mask, photo, image_size):
@@ -67,17 +61,16 @@ def load_mask(mask, photo, image_size):
     pixels of the result. A pixel of the result is inside if any of the mask's pixels in it is white.
     """
     if ',' in mask and not os.path.exists(mask):
-        left, top, right, bottom = check_box('mask', mask.split(','), image_size)
+        left, top, right, bottom = read_box('mask', mask.split(','), image_size)
         inside = torch.zeros(image_size, image_size)
         inside[top:bottom, left:right] = 1
     else:
         picture = open_picture(mask, 10 ** 6)               # never decoded at a fraction of its size
-        w, h = picture.size
         width, height = open_photo(photo, image_size).size
-        if abs(w / h - width / height) > 0.02 * width / height:
-            raise UserError(f'{mask!a} is {w} × {h}, the photo {width} × {height}: '
+        if abs(picture.width * height / (picture.height * width) - 1) > 0.02:
+            raise UserError(f'{mask!a} is {picture.width} × {picture.height}, the photo {width} × {height}: '
                             f'the mask must have the proportions of the photo')
-        square = ImageOps.fit(picture.convert('L'), (min(w, h),) * 2, Image.Resampling.NEAREST)
+        square = ImageOps.fit(picture.convert('L'), (min(picture.size),) * 2, Image.Resampling.NEAREST)
         white = torch.from_numpy(np.array(square)) > 127
         inside = F.adaptive_max_pool2d(white[None].float(), image_size)[0]
     if inside.min() == inside.max():
@@ -92,12 +85,12 @@ def place_photo(path, image_size, margins):
     Returns a canvas (1, 3, S, S) and a mask (S, S), 1 in the margins. The photo is cropped around its centre
     to the proportions of the space left for it, and its edge pixels are repeated into the margins.
     """
-    left, top, right, bottom = check_box('outpaint', margins, image_size - 1)
+    left, top, right, bottom = read_box('outpaint', margins, image_size - 1)
     width = image_size - left - right
     height = image_size - top - bottom
     if min(width, height) < 1 or not any(margins):
-        raise UserError(f'--outpaint={",".join(map(str, margins))}: leave some of the {image_size} pixels '
-                        f'for the photo, and some for what is around it')
+        raise UserError(f'--outpaint: leave some of the {image_size} pixels for the photo, and some for what '
+                        'is around it')
     photo = open_photo(path, image_size)
     photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
     photo = normalize(torch.from_numpy(np.array(photo)).permute(2, 0, 1))[None]
@@ -127,10 +120,10 @@ def fonts():
 def font_for(text):
     """The first font with all letters of a text, or None."""
     if text.isascii():
-        return ImageFont.load_default(14)
+        return fonts()[0]
     for font in fonts():
-        missing = font.getmask('\uffff')                    # what a font draws for letters it lacks
-        if all(list(font.getmask(letter)) != list(missing) for letter in text):
+        missing = list(font.getmask('\uffff'))              # what a font draws for letters it lacks
+        if missing not in [list(font.getmask(letter)) for letter in text]:
             return font
 
 
@@ -165,12 +158,12 @@ def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     canvas = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(canvas)
     for image, corner in zip(images, corners):
-        cell = to_picture(image)
-        canvas.paste(cell.resize((side, side), Image.Resampling.NEAREST), corner)
+        cell = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(cell, corner)
     for name, (_, y) in zip(row_names, corners[::columns]):
         draw.text((6, y + side // 2 - 9), name, 'black', font_for(name))
     for name, (x, _) in zip(column_names, corners):
-        draw.text((x + 4, 2), name, 'black', ImageFont.load_default(14))
+        draw.text((x + 4, 2), name, 'black', font_for(name))
     return canvas
 
 
@@ -179,19 +172,20 @@ def focus_labels(radii, decoded, blurred):
 
     decoded and blurred: per map, images (B, 3, S, S).
     """
-    decibels = [f'{psnr(*pair):.1f} dB' for pair in zip(decoded, blurred)]
-    return [f'k={k}, blur {radius:.2g} px\n{"the same" if label == "inf dB" else label}'
-            for k, (radius, label) in enumerate(zip(radii, decibels), start=1)]
+    return [f'k={k}, blur {radius:.2g} px\n{psnr(*pair):.1f} dB'.replace('inf dB', 'the same')
+            for k, (radius, *pair) in enumerate(zip(radii, decoded, blurred), start=1)]
 
 
 def add_row(path, row, images, name):
-    """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows."""
+    """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows.
+
+    Later rows, of a run that was resumed before them, are dropped.
+    """
     new = picture_grid(images, len(images), [name])
     top = row * (new.height + 2)
     canvas = Image.new('RGB', (new.width, top + new.height), 'white')
     with suppress(UserError):                               # no picture there: start with this row
         canvas.paste(old := open_picture(path, 10 ** 6), (new.width - old.width, 0))
-    canvas.paste('white', (0, top, *canvas.size))           # rows of a run that was resumed before them
     canvas.paste(new, (0, top))
     save_png(path, canvas)
 
@@ -206,9 +200,8 @@ def plot_losses(log, path, names):
     axes = figure.subplots()
     for name in names:
         points = [(r['step'] + 1, r[name]) for r in read_log(log) if r.get(name) is not None]
-        if points:
-            style = {'marker': 'o'} if name.startswith('val_') else {'alpha': 0.5}
-            axes.plot(*zip(*points), label=name, **style)
+        style = {'marker': 'o'} if name.startswith('val_') else {'alpha': 0.5}
+        axes.plot(*zip(*points), label=name, **style)       # without points, nothing
     axes.set(xlabel='step', ylabel='nats per token')
     axes.legend()
     with atomic_write(path) as file:
