@@ -81,12 +81,6 @@ FIXED = (
     'teacher_blocks', 'shared_blocks', 'optimizer', 'batch_size', 'seed')
 
 
-def training_batches(dataset, step):
-    """Endless (structure tokens (b, L), alias tokens (b, La), labels (b,)) of this rank, from `step` on."""
-    for keys in endless_keys(len(dataset), batch_size, seed, step):
-        yield dataset.batch([index for index, _ in keys])
-
-
 # -----------------------------------------------------------------------------
 # one step
 
@@ -116,16 +110,15 @@ def start_from(student, structure, classes):
     else:
         loaded = load_official_student(saved, structure.patch_nums, student.num_heads)
         known, matched_by = classes if loaded.num_classes == len(classes) else [], 'number'
-    weights = loaded.state_dict()
-    old, new = weights['class_embed.weight'], student.class_embed.weight.detach().clone()
-    kept = [name for name in classes if name in known]
+    weights, new = loaded.state_dict(), student.class_embed.weight.detach()
+    *old, no_class = weights['class_embed.weight']
+    row_of = dict(zip(known, old))
+    kept = row_of.keys() & classes
     runtime.say(f'{init_from} knows {len(kept)} of {len(classes)} classes by {matched_by}: they keep their '
-                f'embeddings, {len(classes) - len(kept)} start anew')
-    if old.shape[1] == new.shape[1]:
-        for name in kept:
-            new[classes.index(name)] = old[known.index(name)]
-        new[-1] = old[-1]                                   # no class
-        weights['class_embed.weight'] = new
+                'embeddings, the others start anew')
+    if no_class.shape == new[0].shape:
+        rows = [row_of.get(name, row) for name, row in zip(classes, new)]
+        weights['class_embed.weight'] = torch.stack([*rows, no_class])
     load_weights(student, weights, init_from)
 
 
@@ -155,8 +148,10 @@ def muon_weights(network):
 
 
 def train_step(run, step, batch):
-    """One optimizer step on this rank's (structure tokens, alias tokens, labels): (loss terms, gradient
-    norm), all tensors."""
+    """One optimizer step on this rank's structure tokens (b, L), alias tokens (b, La) and labels (b,).
+
+    Returns (loss terms by name, gradient norm), all tensors.
+    """
     structure_tokens, alias_tokens, labels = (runtime.to_device(tensor, run.dev) for tensor in batch)
     numbers, student = runtime.sample_numbers(step, batch_size), run.network.student
     shape = (1 + 2 * len(student.blocks),)
@@ -207,7 +202,6 @@ def save(run, step, metrics, dataset, best=False):
                 'safe_step': run.safe_step.state_dict()})
 
 
-@torch.no_grad()
 def show_progress(run, step, row, num_classes):
     """Adds a row to progress.png: a sample of each of the first eight classes, from fixed noise."""
     labels = torch.arange(min(8, num_classes), device=run.dev)
@@ -237,6 +231,7 @@ def validate(run, step, dataset, held_out, size):
                     'keep_best=True keeps the best one')
     if keep_best and metrics['ce'] < lowest:
         save(run, step, metrics, dataset, best=True)
+        runtime.barrier()
     show_progress(run, step, len(earlier), len(dataset.classes))
     run.network.train()
     return metrics
@@ -286,10 +281,10 @@ def main():
                 + f', {len(dataset)} images of {sum(student.lengths)} tokens, {num_classes} classes')
 
     # training
-    batches = training_batches(dataset, step)
+    keys = endless_keys(len(dataset), batch_size, seed, step)
     with locked(f'{out_dir}/fvar.lock'):
         train(run, config, 'fvar', step, metrics, flops_per_image(structure, alias, num_classes),
-              train_step=lambda step: train_step(run, step, next(batches)),
+              train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
               validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
               save=lambda step, metrics: save(run, step, metrics, dataset))
     if runtime.rank() == 0:

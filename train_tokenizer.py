@@ -7,7 +7,7 @@
 Writes to out_dir: tokenizer.pt (read by the later stages), tokenizer_state.pt (for resuming), tokenizer.jsonl
 (the log), and tokenizer.png (held-out pictures: focus states as they should be, and as they are decoded).
 """
-import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,9 +116,9 @@ def load_lpips(dev):
     """torch-fidelity's LPIPS network. Nothing is downloaded; UserError says which file to put where."""
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimilarityLPIPS
     from torchvision.models import VGG16_Weights
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'
     urls = [url for url in (URL_VGG16_LPIPS, VGG16_Weights.IMAGENET1K_V1.url)
-            if not os.path.isfile(os.path.join(folder, os.path.basename(url)))]
+            if not (folder / Path(url).name).is_file()]
     if urls:
         raise UserError(f'LPIPS needs {" and ".join(urls)} in {folder}; or run with --lambda_lpips=0')
     network = SampleSimilarityLPIPS('lpips').to(dev)

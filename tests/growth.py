@@ -59,7 +59,7 @@ def stand_in_lpips(dev):
     with (mock.patch.object(lpips, 'load_state_dict_from_url', lambda *_, **__: {}),
           mock.patch.object(lpips, 'torchvision_load_pretrained_vgg16', vgg16),
           mock.patch.object(lpips.SampleSimilarityLPIPS, 'load_state_dict', lambda *_: None),
-          mock.patch.object(train_tokenizer.os.path, 'isfile', lambda path: True)):
+          mock.patch.object(train_tokenizer.Path, 'is_file', lambda path: True)):
         return LOAD_LPIPS(dev)
 
 
