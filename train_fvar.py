@@ -91,10 +91,9 @@ def blocks_of(network):
 
 def build_network(student, alias):
     """The student with its teacher, which starts with copies of the student's last blocks."""
-    student.grad_checkpoint, teacher = grad_checkpoint, None
-    if distill:
-        teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks)
-    return FVAR(student, teacher, lambda_feat, lambda_logit)
+    student.grad_checkpoint = grad_checkpoint
+    sizes = alias.vocab_size, alias_scales, teacher_blocks, shared_blocks
+    return FVAR(student, Teacher(student, *sizes) if distill else None, lambda_feat, lambda_logit)
 
 
 def start_from(student, structure, classes):

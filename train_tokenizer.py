@@ -150,7 +150,8 @@ def set_up(dev):
     run.networks = nn.ModuleDict({**run.tokenizers, 'discriminator': run.discriminator})
     run.networks.to(dev, memory_format=torch.channels_last)
     runtime.broadcast_weights(run.networks)
-    run.lpips = load_lpips(dev) if lambda_lpips else None
+    if lambda_lpips:
+        run.lpips = load_lpips(dev)
     matrices = [part.weight for part in run.tokenizers.modules()                # all but those of pixels
                 if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
     run.optimizer = runtime.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
@@ -252,8 +253,8 @@ def update_codebooks(run, passes, finite, step):
         hits = sum(codebook.histogram(tokens) for tokens, _ in found)
         codebook.count(runtime.all_reduce(hits), finite)
         if reseed:
-            maps = [torch.cat(parts).flatten(2).mT for parts in zip(*(vectors for _, vectors in found))]
-            everywhere = [runtime.gather(vectors.contiguous()).flatten(0, 1) for vectors in maps]
+            maps = zip(*(vectors for _, vectors in found))
+            everywhere = [runtime.gather(torch.cat(parts).flatten(2).mT.flatten(0, 1)) for parts in maps]
             codebook.reseed(everywhere, runtime.generator(seed, 'dead codes', i, step), dead_below, finite)
 
 
