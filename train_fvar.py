@@ -171,11 +171,11 @@ def train_step(run, step, batch):
     return terms, norm
 
 
-def flops_per_image(structure, alias, num_classes):
+def flops_per_image(run):
     """FLOPs of one training step per image, without what grad_checkpoint recomputes."""
     with torch.device('meta'):
-        student = build_student(config, structure, num_classes)
-        network, lengths = build_network(student, alias), student.lengths
+        student = build_student(config, run.structure, run.network.student.num_classes)
+        network, lengths = build_network(student, run.alias), student.lengths
         tokens = torch.zeros(1, sum(lengths), dtype=torch.int64)
         inputs = torch.empty(1, sum(lengths[1:]), student.word_embed.in_features)
         return 3 * runtime.count_flops(
@@ -267,8 +267,7 @@ def main():
         raise UserError(f'{folder}: train and val have different classes; run encode.py again')
 
     # networks
-    num_classes = len(dataset.classes)
-    student = build_student(config, structure, num_classes)
+    student = build_student(config, structure, len(dataset.classes))
     if init_from not in ('scratch', 'resume', 'auto'):
         start_from(student, structure, dataset.classes)
     run = set_up(dev, structure, alias, student)
@@ -277,12 +276,12 @@ def main():
         step, metrics = resume(run, state_file, dataset)
     runtime.say(f'student {runtime.millions(student)}'
                 + (f', teacher {runtime.millions(run.network.teacher)}' if distill else '')
-                + f', {len(dataset)} images of {sum(student.lengths)} tokens, {num_classes} classes')
+                + f', {len(dataset)} images of {sum(student.lengths)} tokens, {student.num_classes} classes')
 
     # training
     keys = endless_keys(len(dataset), batch_size, seed, step)
     with locked(f'{out_dir}/fvar.lock'):
-        train(run, config, 'fvar', step, metrics, flops_per_image(structure, alias, num_classes),
+        train(run, config, 'fvar', step, metrics, flops_per_image(run),
               train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
               validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
               save=lambda step, metrics: save(run, step, metrics, dataset))
