@@ -486,7 +486,7 @@ class Teacher(nn.Module):
         self.shared_blocks = shared_blocks
         self.teacher_blocks = teacher_blocks
         self.lengths = lengths
-        self.grad_checkpoint = False
+        self.grad_checkpoint = student.grad_checkpoint
         self.start = sum(lengths[:-alias_scales])           # the first position that sees alias tokens
         map_of = map_of_position(student.patch_nums)
         map_of_alias = map_of[sum(lengths[:-alias_scales - 1]):sum(lengths[:-1])]   # K − M … K − 1

@@ -9,9 +9,7 @@ nothing else), fvar_state.pt (for --init_from=resume), fvar.jsonl (the log), pro
 every validation) and loss.png (the loss curves).
 """
 import math
-import os
-from contextlib import nullcontext
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +22,8 @@ from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import (
-    Log, check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_log,
-    read_weights, resumes, save_checkpoint, training_state)
+    check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_log, read_weights,
+    resumes, save_checkpoint, train, training_state)
 from util.pictures import add_row, plot_losses
 
 # input and output
@@ -83,37 +81,19 @@ FIXED = (
     'teacher_blocks', 'shared_blocks', 'optimizer', 'batch_size', 'seed')
 
 
-def training_batches(dataset, step):
-    """Endless (structure tokens (b, L), alias tokens (b, La), labels (b,)) of this rank, from `step` on."""
-    for keys in endless_keys(len(dataset), batch_size, seed, step):
-        yield dataset.batch(np.array([index for index, _ in keys]))
-
-
-def held_out_batches(dataset, size):
-    """Batches of at most eval_pictures rows in all, evenly spaced, because rows are ordered by class."""
-    rows = np.linspace(0, len(dataset) - 1, min(eval_pictures, len(dataset))).astype(int)
-    for start in range(0, len(rows), size):
-        yield dataset.batch(rows[start:start + size])
-
-
 # -----------------------------------------------------------------------------
 # one step
 
 def blocks_of(network):
     """All blocks of student and teacher, which are compiled and sharded one by one."""
-    return [*network.student.blocks, *(network.teacher.blocks if network.teacher else ())]
+    return [block for part in network.children() for block in part.blocks]
 
 
-def build_network(structure, alias, num_classes, dev, fill=None):
-    """Student and teacher. The teacher copies the student's last blocks, so fill(student) comes first."""
-    student, teacher = build_student(config, structure, num_classes).to(dev), None
-    if fill:
-        fill(student)
+def build_network(student, alias):
+    """The student with its teacher, which starts with copies of the student's last blocks."""
     student.grad_checkpoint = grad_checkpoint
-    if distill:
-        teacher = Teacher(student, alias.vocab_size, alias_scales, teacher_blocks, shared_blocks).to(dev)
-        teacher.grad_checkpoint = grad_checkpoint
-    return FVAR(student, teacher, lambda_feat, lambda_logit)
+    sizes = alias.vocab_size, alias_scales, teacher_blocks, shared_blocks
+    return FVAR(student, Teacher(student, *sizes) if distill else None, lambda_feat, lambda_logit)
 
 
 def start_from(student, structure, classes):
@@ -122,9 +102,6 @@ def start_from(student, structure, classes):
     classes: the data's class names. Those that a student.pt knows keep their embeddings, others start anew.
     Published weights have no class names: if the counts agree, classes match by number.
     """
-    if not os.path.isfile(init_from):
-        raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
-                        'student.pt or a published transformer')
     saved = read_weights(init_from)
     if isinstance(saved, dict) and 'kind' in saved:
         loaded, saved = load_student(init_from, structure)
@@ -132,31 +109,31 @@ def start_from(student, structure, classes):
     else:
         loaded = load_official_student(saved, structure.patch_nums, student.num_heads)
         known, matched_by = classes if loaded.num_classes == len(classes) else [], 'number'
-    weights = loaded.state_dict()
-    old, new = weights['class_embed.weight'], student.class_embed.weight.detach().clone()
-    kept = [name for name in classes if name in known]
+    weights, new = loaded.state_dict(), student.class_embed.weight.detach()
+    *old, no_class = weights['class_embed.weight']
+    row_of = dict(zip(known, old))
+    kept = row_of.keys() & classes
     runtime.say(f'{init_from} knows {len(kept)} of {len(classes)} classes by {matched_by}: they keep their '
-                f'embeddings, {len(classes) - len(kept)} start anew')
-    if old.shape[1] == new.shape[1]:
-        for name in kept:
-            new[classes.index(name)] = old[known.index(name)]
-        new[-1] = old[-1]                                   # no class
-        weights['class_embed.weight'] = new
+                'embeddings, the others start anew')
+    if no_class.shape == new[0].shape:
+        rows = [row_of.get(name, row) for name, row in zip(classes, new)]
+        weights['class_embed.weight'] = torch.stack([*rows, no_class])
     load_weights(student, weights, init_from)
 
 
-def set_up(dev, structure, alias, num_classes, fill=None):
+def set_up(dev, structure, alias, student):
     """The networks on a device and what trains them, as a namespace."""
     run = SimpleNamespace(structure=structure, alias=alias, dev=dev)
     if fsdp and optimizer == 'muon':
         raise UserError('--optimizer=muon needs whole matrices: use --fsdp=False or --optimizer=adamw')
     run.autocast, run.scaler = runtime.precision(dtype, dev)
-    run.network = build_network(structure, alias, num_classes, dev, fill).train()
+    run.network = build_network(student, alias).to(dev)
     if compile:
         for block in blocks_of(run.network):
             block.compile()
     if fsdp:
         runtime.shard(run.network, blocks_of(run.network), dev, runtime.dtype_of(run.autocast))
+    run.trained = runtime.parallel(run.network)             # averages gradients over the ranks
     run.optimizer = runtime.build_optimizer(
         optimizer, muon_weights(run.network), run.network, lr, betas, weight_decay)
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
@@ -169,10 +146,12 @@ def muon_weights(network):
             if parameter.ndim == 2 and not name.startswith('ada.')]
 
 
-def train_step(run, trained, step, batch):
-    """One optimizer step on this rank's (structure tokens, alias tokens, labels): (loss terms, gradient
-    norm), all tensors. trained: run.network, inside whatever averages its gradients over the ranks."""
-    structure_tokens, alias_tokens, labels = batch
+def train_step(run, step, batch):
+    """One optimizer step on this rank's structure tokens (b, L), alias tokens (b, La) and labels (b,).
+
+    Returns (loss terms by name, gradient norm), all tensors.
+    """
+    structure_tokens, alias_tokens, labels = (runtime.to_device(tensor, run.dev) for tensor in batch)
     numbers, student = runtime.sample_numbers(step, batch_size), run.network.student
     shape = (1 + 2 * len(student.blocks),)
     uniform = runtime.random_numbers(torch.rand, shape, numbers, labels.device, seed, 'dropout')
@@ -182,25 +161,25 @@ def train_step(run, trained, step, batch):
 
     terms, distill_weight = {}, min(1.0, (step + 1) / max(1, distill_warmup))
     for i, part in enumerate(zip(*(t.chunk(grad_accum_steps) for t in everything))):
-        last = i == grad_accum_steps - 1
-        with nullcontext() if last else runtime.without_sync(trained):
-            with run.autocast():
-                found = trained(*part, distill_weight=distill_weight)
-            run.scaler.scale(found['total'] / grad_accum_steps).backward()
+        runtime.sync_gradients(run.trained, i == grad_accum_steps - 1)
+        with run.autocast():
+            found = run.trained(*part, distill_weight=distill_weight)
+        run.scaler.scale(found['total'] / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
     parameters = [network.parameters() for network in run.network.children()]
     norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup), terms)
     return terms, norm
 
 
-def flops_per_image(structure, alias, num_classes):
+def flops_per_image(run):
     """FLOPs of one training step per image, without what grad_checkpoint recomputes."""
     with torch.device('meta'):
-        network = build_network(structure, alias, num_classes, 'meta').eval()
-        lengths = network.student.lengths
-        label, tokens = torch.zeros(1, dtype=torch.int64), torch.zeros(1, sum(lengths), dtype=torch.int64)
-        inputs = torch.empty(1, sum(lengths[1:]), structure.quantizer.codebook.embedding_dim)
-        return 3 * runtime.count_flops(lambda: network(label, inputs, tokens, tokens[:, :sum(lengths[:-1])]))
+        student = build_student(config, run.structure, run.network.student.num_classes)
+        network, lengths = build_network(student, run.alias), student.lengths
+        tokens = torch.zeros(1, sum(lengths), dtype=torch.int64)
+        inputs = torch.empty(1, sum(lengths[1:]), student.word_embed.in_features)
+        return 3 * runtime.count_flops(
+            lambda: network(tokens[:, 0], inputs, tokens, tokens[:, :-lengths[-1]]))
 
 
 # -----------------------------------------------------------------------------
@@ -210,20 +189,18 @@ def save(run, step, metrics, dataset, best=False):
     """Writes student.pt and fvar_state.pt; or if best, student_best.pt. dataset: what the run trains on."""
     weights, optimizer_state = training_state(run.network, run.optimizer)
     if runtime.rank() == 0:
-        of_student = {name.removeprefix('student.'): weight for name, weight in weights.items()
-                      if name.startswith('student.')}
         common = {'config': config, 'step': step, 'metrics': metrics,
                   'classes': dataset.classes, 'tokenizer': dataset.meta['tokenizer']}
-        student = {'kind': 'student', 'student': of_student}
-        save_checkpoint(f'{out_dir}/student{"_best" if best else ""}.pt', common | student)
+        student = {name.removeprefix('student.'): weight for name, weight in weights.items()
+                   if name.startswith('student.')}
+        file = 'student_best' if best else 'student'
+        save_checkpoint(f'{out_dir}/{file}.pt', common | {'kind': 'student', 'student': student})
         if not best:
-            training = {'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
-                        'safe_step': run.safe_step.state_dict()}
-            save_checkpoint(f'{out_dir}/fvar_state.pt', common | training)
-    runtime.barrier()
+            save_checkpoint(f'{out_dir}/fvar_state.pt', common | {
+                'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
+                'safe_step': run.safe_step.state_dict()})
 
 
-@torch.no_grad()
 def show_progress(run, step, row, num_classes):
     """Adds a row to progress.png: a sample of each of the first eight classes, from fixed noise."""
     labels = torch.arange(min(8, num_classes), device=run.dev)
@@ -234,25 +211,27 @@ def show_progress(run, step, row, num_classes):
         add_row(f'{out_dir}/progress.png', row, images, f'step {step}')
 
 
-def validate(run, step, train, held_out, batch_size, log):
-    """Logs, prints and returns the held-out metrics; adds a row of samples to progress.png."""
-    # by step, because another rank may have logged this validation already
-    earlier = [record['val_ce'] for record in read_log(log.path)
-               if record.get('val_ce') is not None and record['step'] < step - 1]
-    batches = held_out_batches(held_out, batch_size)
+def validate(run, step, dataset, held_out, size):
+    """Prints and returns the held-out metrics, in batches of `size`; adds samples to progress.png."""
+    # evenly spaced, because rows are ordered by class
+    rows = np.linspace(0, len(held_out) - 1, min(eval_pictures, len(held_out))).astype(int)
+    batches = map(held_out.batch, np.split(rows, range(size, len(rows), size)))
     metrics = held_out_loss(run.network, run.structure, batches, run.dev, run.autocast)
-    log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
+    # by step, because another rank may have logged this validation already
+    earlier = [record['val_ce'] for record in read_log(f'{out_dir}/fvar.jsonl')
+               if record.get('val_ce') is not None and record['step'] < step - 1]
     runtime.say(f'step {step}: held-out cross-entropy {metrics["ce"]:.3f} '
                 f'({metrics["bits_per_image"]:.0f} bits per image), per token map '
                 + ' '.join(f'{ce:.2f}' for ce in metrics['ce_per_map'])
                 + ('; teacher {teacher_ce:.3f}, kl {kl:.4f}'.format(**metrics) if distill else ''))
     lowest = min(earlier, default=math.inf)
-    if metrics['ce'] > lowest and lowest == earlier[-1] and earlier == sorted(earlier, reverse=True):
+    if metrics['ce'] > lowest and earlier == sorted(earlier, reverse=True):
         runtime.say(f'note: it was {lowest:.3f} and is now rising, so the student is overfitting; '
                     'keep_best=True keeps the best one')
     if keep_best and metrics['ce'] < lowest:
-        save(run, step, metrics, train, best=True)
-    show_progress(run, step, len(earlier), len(train.classes))
+        save(run, step, metrics, dataset, best=True)
+        runtime.barrier()
+    show_progress(run, step, len(earlier), len(dataset.classes))
     run.network.train()
     return metrics
 
@@ -264,7 +243,7 @@ def resume(run, state_file, dataset):
     if saved['tokenizer'] != dataset.meta['tokenizer']:
         raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '
                         '--tokenizer, or start anew with --init_from=scratch')
-    if saved.get('classes', dataset.classes) != dataset.classes:
+    if saved['classes'] != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
     load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
@@ -279,64 +258,36 @@ def main():
     if class_dropout > 1:
         raise UserError(f'class_dropout={class_dropout}: must be at most 1')
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
-    tokenizer_file = tokenizer or os.path.join(out_dir, 'tokenizer.pt')
+    tokenizer_file = tokenizer or f'{out_dir}/tokenizer.pt'
     structure, alias, _ = load_tokenizers(tokenizer_file, dev)
-    structure.requires_grad_(False)
-    folder = tokens or os.path.join(os.path.dirname(tokenizer_file), 'tokens')
+    folder = tokens or Path(tokenizer_file).parent / 'tokens'
     made_by = digest(structure.state_dict())
-    train, held_out = (TokenDataset(folder, split, made_by) for split in ('train', 'val'))
-    if train.classes != held_out.classes:
+    dataset, held_out = (TokenDataset(folder, split, made_by) for split in ('train', 'val'))
+    if dataset.classes != held_out.classes:
         raise UserError(f'{folder}: train and val have different classes; run encode.py again')
 
     # networks
-    fill = None
+    student = build_student(config, structure, len(dataset.classes))
     if init_from not in ('scratch', 'resume', 'auto'):
-        fill = partial(start_from, structure=structure, classes=train.classes)
-    run = set_up(dev, structure, alias, len(train.classes), fill)
+        start_from(student, structure, dataset.classes)
+    run = set_up(dev, structure, alias, student)
     step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
     if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file, train)
-    student, teacher = run.network.student, run.network.teacher
+        step, metrics = resume(run, state_file, dataset)
     runtime.say(f'student {runtime.millions(student)}'
-                + (f', teacher {runtime.millions(teacher)}' if distill else '')
-                + f', {len(train)} images of {sum(student.lengths)} tokens, {len(train.classes)} classes')
+                + (f', teacher {runtime.millions(run.network.teacher)}' if distill else '')
+                + f', {len(dataset)} images of {sum(student.lengths)} tokens, {student.num_classes} classes')
+
+    # training
+    keys = endless_keys(len(dataset), batch_size, seed, step)
     with locked(f'{out_dir}/fvar.lock'):
-        training_loop(run, step, metrics, train, held_out, batch_per_pass)
-
-
-def training_loop(run, step, metrics, train, held_out, batch_per_pass):
-    """Trains from `step` on, with logs, validations and checkpoints; metrics: of the last validation."""
-    trained = runtime.parallel(run.network)
-    log = Log(f'{out_dir}/fvar.jsonl', step, log_to, config)
-    bar = runtime.progress(steps, step, 'fvar' if distill else 'var', images_per_step=batch_size)
-    supply, saving = training_batches(train, step), runtime.Saving(save_every, save_seconds)
-    flops = flops_per_image(run.structure, run.alias, len(train.classes))
-    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(run.dev, run.autocast))
-    speed.start(step)
-    while step < steps:
-        batch = [runtime.to_device(tensor, run.dev) for tensor in next(supply)]
-        terms, norm = train_step(run, trained, step, batch)
-        step += 1
-        bar.update()
-
-        if step % log_every == 0 or step == steps:
-            per_map = runtime.all_reduce(terms.pop('per_map'), average=True)
-            means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm.item(),
-                skipped=run.safe_step.check(), lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
-            shown = {name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means}
-            bar.set_postfix({'step': step, **shown})
-        if step % eval_every == 0 or step == steps:
-            metrics = validate(run, step, train, held_out, batch_per_pass, log)
-            speed.start(step)
-        if saving.due(step, steps):
-            save(run, step, metrics, train)
-            saving.stop_if_asked(step)
-            speed.start(step)
-    saving.end()
-    bar.close()
+        train(run, config, 'fvar', step, metrics, flops_per_image(run),
+              train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
+              validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
+              save=lambda step, metrics: save(run, step, metrics, dataset))
     if runtime.rank() == 0:
-        plot_losses(log.path, f'{out_dir}/loss.png', ('ce', 'val_ce', 'teacher_ce', 'val_teacher_ce'))
+        plot_losses(f'{out_dir}/fvar.jsonl', f'{out_dir}/loss.png',
+                    ('ce', 'val_ce', 'teacher_ce', 'val_teacher_ce'))
         runtime.say(f'wrote {out_dir}/student.pt and {out_dir}/progress.png')
 
 

@@ -7,7 +7,7 @@
 Writes to out_dir: tokenizer.pt (read by the later stages), tokenizer_state.pt (for resuming), tokenizer.jsonl
 (the log), and tokenizer.png (held-out pictures: focus states as they should be, and as they are decoded).
 """
-import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +21,8 @@ from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime
 from util.checkpoint import (
-    Log, check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
-    save_checkpoint)
+    check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
+    save_checkpoint, train)
 from util.metrics import psnr
 from util.pictures import focus_labels, picture_grid, save_png
 
@@ -99,27 +99,26 @@ FIXED = (
     'alias_channels', 'alias_res_blocks', 'gan_channels', 'optimizer')
 
 
-class PatchDiscriminator(nn.Sequential):
+def patch_discriminator(width):
     """PatchGAN (Isola et al. 2017) as VQGAN uses it: (B, 3, S, S) → one logit per patch.
 
     GroupNorm replaces BatchNorm, whose statistics would depend on the number of ranks.
     """
-
-    def __init__(self, width):
-        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for width_in, width_out, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
-            layers += [nn.Conv2d(width_in * width, width_out * width, 4, stride, 1, bias=False),
-                       nn.GroupNorm(8, width_out * width), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+    layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for stride in (2, 2, 1):
+        layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False),
+                   nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)]
+        width = 2 * width
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
 
 
 def load_lpips(dev):
     """torch-fidelity's LPIPS network. Nothing is downloaded; UserError says which file to put where."""
     from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimilarityLPIPS
     from torchvision.models import VGG16_Weights
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'
     urls = [url for url in (URL_VGG16_LPIPS, VGG16_Weights.IMAGENET1K_V1.url)
-            if not os.path.isfile(os.path.join(folder, os.path.basename(url)))]
+            if not (folder / Path(url).name).is_file()]
     if urls:
         raise UserError(f'LPIPS needs {" and ".join(urls)} in {folder}; or run with --lambda_lpips=0')
     network = SampleSimilarityLPIPS('lpips').to(dev)
@@ -147,42 +146,41 @@ def set_up(dev):
     run.structure, run.alias = build_tokenizers(config)
     run.structure.grad_checkpoint = run.alias.grad_checkpoint = grad_checkpoint
     run.tokenizers = nn.ModuleDict({'structure': run.structure, 'alias': run.alias})
-    run.discriminator = PatchDiscriminator(gan_channels) if lambda_gan else nn.Module()
+    run.discriminator = patch_discriminator(gan_channels) if lambda_gan else nn.Sequential()
     run.networks = nn.ModuleDict({**run.tokenizers, 'discriminator': run.discriminator})
     run.networks.to(dev, memory_format=torch.channels_last)
     runtime.broadcast_weights(run.networks)
-    run.lpips = load_lpips(dev) if lambda_lpips else None
-    run.optimizer = runtime.build_optimizer(
-        optimizer, muon_weights(run.tokenizers), run.tokenizers, lr, betas, weight_decay)
-    if lambda_gan:
-        run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay)
+    if lambda_lpips:
+        run.lpips = load_lpips(dev)
+    matrices = [part.weight for part in run.tokenizers.modules()                # all but those of pixels
+                if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
+    run.optimizer = runtime.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
+    run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay)
     run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
     if compile:
         compile_convolutions(run.structure)
     return run
 
 
-def muon_weights(tokenizers):
-    """The convolutions that optimizer='muon' trains: all but those from and to pixels."""
-    return [part.weight for part in tokenizers.modules()
-            if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
-
-
 def forward(run, images, noise, step):
-    """One pass of both tokenizers: (loss, its terms by name, what codebooks and discriminator learn from)."""
+    """One pass of both tokenizers: (loss, its terms by name, namespace of what else learns from it).
+
+    The namespace is that of StructureTokenizer.forward(), with images, energy (mean square of the alias
+    views) and alias, the namespace of AliasTokenizer.forward().
+    """
     structure, alias, state = run.structure, run.alias, None
     if pyramid == 'focus' and lambda_focus:
         generator = runtime.generator(seed, 'state', step)
         state = torch.randint(len(patch_nums) - 1, (1,), generator=generator).item()
-    views = alias.views(images, noise)
-    energy = runtime.all_reduce(torch.stack([view.square().mean() for view in views]), average=True)
     if step < warm_start:
-        picture = structure.autoencode(images)
-        no_loss = images.new_zeros(())
-        out = SimpleNamespace(picture=picture, state_picture=None, vq=no_loss, tokens=[], residuals=[])
+        out = SimpleNamespace(picture=structure.autoencode(images), state_picture=None,
+                              vq=images.new_zeros(()), tokens=[], residuals=[])
     else:
         out = structure(images, noise, state)
-    alias_out = alias(alias.normalised(views, energy))
+    views = alias.views(images, noise)
+    energy = torch.stack([view.square().mean() for view in views])
+    out.images, out.energy = images, runtime.all_reduce(energy, average=True)
+    out.alias = alias(alias.normalised(views, out.energy))
 
     terms = {'l1': F.l1_loss(out.picture, images), 'l2': F.mse_loss(out.picture, images)}
     if out.state_picture is not None:
@@ -190,27 +188,26 @@ def forward(run, images, noise, step):
         terms['focus'] = F.mse_loss(out.state_picture, wanted)
     if lambda_lpips:
         terms['lpips'] = run.lpips((out.picture.clamp(-1, 1) + 1) * 127.5, (images + 1) * 127.5).mean()
-    terms |= {'vq': out.vq, 'alias_l2': alias_out.l2, 'alias_vq': alias_out.vq}
+    terms |= {'vq': out.vq, 'alias_l2': out.alias.l2, 'alias_vq': out.alias.vq}
     reconstruction = terms['l1'] + terms['l2'] + lambda_lpips * terms.get('lpips', 0)
-    loss = reconstruction + lambda_focus * terms.get('focus', 0) + out.vq + alias_out.l2 + alias_out.vq
+    loss = reconstruction + lambda_focus * terms.get('focus', 0) + out.vq + out.alias.l2 + out.alias.vq
     if lambda_gan and step >= gan_start:
         terms['gan'] = -run.discriminator(out.picture).mean()
         weight = adaptive_weight(reconstruction, terms['gan'], structure.decoder.conv_out.weight)
         loss = loss + lambda_gan * weight * terms['gan']
-    return loss, terms, SimpleNamespace(
-        real=images, fake=out.picture.detach(), energy=energy, tokens=out.tokens, residuals=out.residuals,
-        alias_tokens=alias_out.tokens, alias_features=alias_out.features)
+    return loss, terms, out
 
 
 def train_step(run, step, images):
-    """One optimizer step on this rank's images (b, 3, S, S): (loss terms by name, gradient norm), tensors."""
-    numbers = runtime.sample_numbers(step, batch_size)
-    size = len(images) // grad_accum_steps
+    """One optimizer step on this rank's uint8 images (b, 3, S, S): (loss terms by name, gradient norm), all
+    tensors."""
+    images = normalize(runtime.to_device(images, run.dev)).contiguous(memory_format=torch.channels_last)
+    numbers = np.array_split(runtime.sample_numbers(step, batch_size), grad_accum_steps)
     terms, passes = {}, []
-    for first in range(0, len(images), size):
-        noise = runtime.noise_of(numbers[first:first + size], images.device, seed, 'noise')
+    for part, of_part in zip(images.chunk(grad_accum_steps), numbers):
+        noise = runtime.noise_of(of_part, run.dev, seed, 'noise')
         with run.autocast():
-            loss, found, out = forward(run, images[first:first + size], noise, step)
+            loss, found, out = forward(run, part, noise, step)
         run.scaler.scale(loss / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
         passes.append(out)
@@ -229,8 +226,8 @@ def discriminator_step(run, passes, finite):
     total = 0
     for out in passes:
         with run.autocast():
-            real = run.discriminator(out.real)
-            fake = run.discriminator(out.fake)
+            real = run.discriminator(out.images)
+            fake = run.discriminator(out.picture.detach())
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / len(passes)
         loss.backward()
         total = total + loss.detach()
@@ -244,21 +241,20 @@ def discriminator_step(run, passes, finite):
 def update_codebooks(run, passes, finite, step):
     """Counts code use, tracks the scale of alias views and reseeds dead codes, identically on every rank.
 
-    passes: what forward() returned for each pass. Nothing changes where `finite` (tensor) is false.
+    passes: the namespaces of forward(), one per pass. Nothing changes where `finite` (tensor) is false.
     """
-    def per_map(name):                                      # all passes of each token map together
-        return [torch.cat(parts) for parts in zip(*(getattr(out, name) for out in passes))]
-
     run.alias.track_scale(torch.stack([out.energy for out in passes]).mean(0), finite)
-    jobs = [(run.structure.quantizer.codebook, 'tokens', 'residuals')] if step >= warm_start else []
-    jobs += [(run.alias.codebook, 'alias_tokens', 'alias_features')] if dual else []
     since = step - warm_start
     reseed = reseed_every and since >= 0 and since % reseed_every == 0 and step < reseed_until * steps
-    for i, (codebook, tokens, vectors) in enumerate(jobs):
-        codebook.count(runtime.all_reduce(codebook.histogram(per_map(tokens))), finite)
+    used = [(run.structure.quantizer.codebook, [(out.tokens, out.residuals) for out in passes])]
+    if dual:
+        used.append((run.alias.codebook, [(out.alias.tokens, out.alias.features) for out in passes]))
+    for i, (codebook, found) in enumerate(used):
+        hits = sum(codebook.histogram(tokens) for tokens, _ in found)
+        codebook.count(runtime.all_reduce(hits), finite)
         if reseed:
-            flat = [v.flatten(2).transpose(1, 2).contiguous() for v in per_map(vectors)]
-            everywhere = [runtime.gather(v).flatten(0, 1) for v in flat]
+            maps = zip(*(vectors for _, vectors in found))
+            everywhere = [runtime.gather(torch.cat(parts).flatten(2).mT.flatten(0, 1)) for parts in maps]
             codebook.reseed(everywhere, runtime.generator(seed, 'dead codes', i, step), dead_below, finite)
 
 
@@ -272,38 +268,46 @@ def flops_per_image():
 
 
 @torch.no_grad()
-def validate(structure, alias, images, batch, dev):
-    """Metrics of held-out uint8 images: PSNR of the picture and of every focus state (dB), codes used, and
-    the fraction of alias energy that Q_A misses (0 for an empty view). Perplexity is that of training."""
-    sums, hits, K = 0, 0, len(structure.patch_nums)
-    for part in images.split(batch):
-        x = normalize(runtime.to_device(part, dev))
+def validate(run, step, images, size):
+    """Prints and returns metrics of held-out uint8 images, in batches of `size`: PSNR of the picture and of
+    every focus state (dB), codes used, and the fraction of alias energy that Q_A misses (0 for an empty
+    view). Perplexity is that of training."""
+    structure, alias, codebook = run.structure, run.alias, run.structure.quantizer.codebook
+    sums, hits, K = 0, 0, len(patch_nums)
+    for part in images.split(size):
+        x = normalize(runtime.to_device(part, run.dev))
         tokens, views = structure.encode(x), alias.views(x)
-        found = [psnr(*pair) for pair in zip(structure.decode_states(tokens), structure.focus_states(x))]
-        found += [view.square().mean().item() for view in views]
-        found += [F.mse_loss(*pair).item() for pair in zip(alias.decode(alias.encode(x)), views)]
-        sums += len(part) * np.array(found)
-        hits += structure.quantizer.codebook.histogram(tokens)
+        found = [*map(psnr, structure.decode_states(tokens), structure.focus_states(x)),
+                 *(view.square().mean() for view in views),
+                 *map(F.mse_loss, alias.decode(alias.encode(x)), views)]
+        sums += len(part) * np.array([float(number) for number in found])
+        hits += codebook.histogram(tokens)
     psnrs, energy, missed = np.split(sums / len(images), [K, 2 * K - 1])
-    missed = np.where(energy > 1e-8, missed / np.maximum(energy, 1e-8), 0)      # less energy is rounding
-    return {'psnr': psnrs[-1].item(), 'psnr_states': psnrs.tolist(), 'alias_missed': missed.tolist(),
-            'perplexity': structure.quantizer.codebook.perplexity().tolist(),
-            'codes_used': (hits > 0).sum(1).tolist(),
-            'alias_perplexity': alias.codebook.perplexity().tolist() if dual else []}
+    missed = np.where(energy > 1e-8, missed, 0) / np.maximum(energy, 1e-8)      # less energy is rounding
+    metrics = {'psnr': psnrs[-1].item(), 'psnr_states': psnrs.tolist(), 'alias_missed': missed.tolist(),
+               'perplexity': codebook.perplexity().tolist(), 'codes_used': (hits > 0).sum(1).tolist(),
+               'alias_perplexity': alias.codebook.perplexity().tolist() if dual else []}
+    runtime.say(f'step {step}: PSNR {psnrs[-1]:.2f} dB, focus states {brief(psnrs, ".1f")}, perplexity '
+                f'{brief(metrics["perplexity"], ".0f")}, alias missed {brief(missed, ".2f")}')
+    # a perplexity below 2, or below 1 % of the codes that a token map could use
+    collapsed = [k for k, (p, n) in enumerate(zip(metrics['perplexity'], patch_nums), start=1)
+                 if p < max(2, 0.01 * min(batch_size * n * n, vocab_size))]
+    if collapsed:
+        runtime.say(f'warning: token maps {collapsed} use almost no codes; raise reseed_until, or start anew '
+                    'with a larger batch_size')
+    return metrics
 
 
-def collapsed(perplexity):
-    """Which token maps (from 1) have a perplexity below 2, or below 1 % of the codes they could use."""
-    usable = [min(batch_size * p * p, vocab_size) for p in patch_nums]
-    return [k for k, (p, n) in enumerate(zip(perplexity, usable), start=1) if p < max(2, 0.01 * n)]
+def brief(numbers, form):
+    return ' '.join(format(number, form) for number in numbers)
 
 
 def save_pictures(structure, images, path):
     """Two rows per image: the blurred originals F_ρk(x), and what the first k token maps decode to."""
     wanted = structure.focus_states(images)
     decoded = structure.decode_states(structure.encode(images))
-    rows = torch.stack([torch.stack(wanted), torch.stack(decoded)]).permute(2, 0, 1, 3, 4, 5)
-    save_png(path, picture_grid(rows.flatten(0, 2), len(wanted), ('blurred', 'decoded') * len(images),
+    rows = torch.stack([*wanted, *decoded], 1).flatten(0, 1)
+    save_png(path, picture_grid(rows, len(wanted), ('blurred', 'decoded') * len(images),
                                 focus_labels(structure.radii, decoded, wanted), side=112))
 
 
@@ -315,26 +319,20 @@ def save(run, step, metrics, classes):
     if runtime.rank() == 0:
         common = {'config': config, 'step': step, 'metrics': metrics}
         weights = {name: tokenizer.state_dict() for name, tokenizer in run.tokenizers.items()}
-        weights |= {'kind': 'tokenizer', 'classes': classes}
-        save_checkpoint(f'{out_dir}/tokenizer.pt', common | weights)
-        training = {'kind': 'tokenizer training', 'networks': run.networks.state_dict(),
-                    'safe_step': run.safe_step.state_dict(),
-                    'optimizers': [optimizer.state_dict() for optimizer in optimizers(run)]}
-        save_checkpoint(f'{out_dir}/tokenizer_state.pt', common | training)
-    runtime.barrier()
-
-
-def optimizers(run):
-    return [run.optimizer] + ([run.gan_optimizer] if lambda_gan else [])
+        save_checkpoint(f'{out_dir}/tokenizer.pt', common | weights | {
+            'kind': 'tokenizer', 'classes': classes})
+        save_checkpoint(f'{out_dir}/tokenizer_state.pt', common | {
+            'kind': 'tokenizer training', 'networks': run.networks.state_dict(),
+            'safe_step': run.safe_step.state_dict(),
+            'optimizers': [run.optimizer.state_dict(), run.gan_optimizer.state_dict()]})
 
 
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
     saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
-    has_gan = bool(saved['config']['lambda_gan']), bool(lambda_gan)
-    check_resumed(saved, config, FIXED + ('lambda_gan',) * (has_gan[0] != has_gan[1]), state_file)
+    check_resumed(saved, config, FIXED, state_file)
     load_weights(run.networks, saved['networks'], state_file)
-    for optimizer, state in zip(optimizers(run), saved['optimizers']):
+    for optimizer, state in zip((run.optimizer, run.gan_optimizer), saved['optimizers']):
         load_optimizer(optimizer, state)
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
@@ -342,9 +340,6 @@ def resume(run, state_file):
 
 def start_from(run):
     """Fills the tokenizers with the weights of init_from; VAR's file has only the structure tokenizer."""
-    if not os.path.isfile(init_from):
-        raise UserError(f'--init_from={init_from}: no such file; choose scratch, resume, auto, a '
-                        'tokenizer.pt or a published tokenizer')
     saved = read_weights(init_from)
     if warm_start:
         runtime.say(f'note: the first {warm_start} steps train without codes; use --warm_start=0 to keep '
@@ -367,75 +362,9 @@ def check_settings():
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
     if lambda_lpips and image_size < 16:
         raise UserError(f'image_size={image_size}: LPIPS needs at least 16 pixels; use --lambda_lpips=0')
-    if lambda_gan:
-        try:
-            with torch.device('meta'):
-                PatchDiscriminator(gan_channels)(torch.empty(1, 3, image_size, image_size))
-        except (RuntimeError, ValueError):
-            raise UserError(f'image_size={image_size}, gan_channels={gan_channels}: the discriminator needs '
-                            '24 pixels or more and a multiple of 4 channels; or use --lambda_gan=0') from None
-
-
-def main():
-    # device, data
-    dev = runtime.start(device, seed)
-    check_settings()
-    batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
-    train = open_dataset(data, 'train', image_size, flip=flip)
-    held_out = open_dataset(data, 'val', image_size)
-    validation, _ = evenly_spaced(held_out, eval_images)
-
-    # networks
-    run = set_up(dev)
-    step = 0
-    metrics = {}
-    state_file = f'{out_dir}/tokenizer_state.pt'
-    if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file)
-    elif init_from not in ('scratch', 'auto'):
-        start_from(run)
-    describe(run, train)
-    with locked(f'{out_dir}/tokenizer.lock'):
-        training_loop(run, step, metrics, train, validation, batch_per_pass)
-
-
-def training_loop(run, step, metrics, train, validation, batch_per_pass):
-    """Trains from `step` on, with logs, validations and checkpoints; metrics: of the last validation."""
-    if steps == 0:
-        save(run, step, metrics, train.classes)
-    log = Log(f'{out_dir}/tokenizer.jsonl', step, log_to, config)
-    bar = runtime.progress(steps, step, 'tokenizers', images_per_step=batch_size)
-    supply = iter(batches(train, batch_size, seed, step, workers))
-    saving = runtime.Saving(save_every, save_seconds)
-    flops = flops_per_image() if step < steps else 0
-    speed = runtime.Speed(batch_size, flops, runtime.peak_flops(run.dev, run.autocast))
-    speed.start(step)
-    while step < steps:
-        images = normalize(runtime.to_device(next(supply)[0], run.dev))
-        terms, norm = train_step(run, step, images.contiguous(memory_format=torch.channels_last))
-        step += 1
-        bar.update()
-
-        if step % log_every == 0 or step == steps:
-            means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(),
-                lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
-            loss = means['l1'] + means['l2']
-            bar.set_postfix({'step': step, 'loss': f'{loss:.4f}', 'vq': f'{means["vq"]:.3f}'})
-        if step > warm_start and step % eval_every == 0 or step == steps:
-            metrics = validate(run.structure, run.alias, validation, batch_per_pass, run.dev)
-            log(step=step - 1, **{f'val_{name}': value for name, value in metrics.items()})
-            report(step, metrics)
-            speed.start(step)
-        if saving.due(step, steps):
-            save(run, step, metrics, train.classes)
-            saving.stop_if_asked(step)
-            speed.start(step)
-    saving.end()
-    bar.close()
-    if runtime.rank() == 0:
-        save_pictures(run.structure, normalize(validation[:6].to(run.dev)), f'{out_dir}/tokenizer.png')
-        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')
+    if lambda_gan and (image_size < 24 or gan_channels % 4):
+        raise UserError(f'image_size={image_size}, gan_channels={gan_channels}: the discriminator needs '
+                        '24 pixels or more and a multiple of 4 channels; or use --lambda_gan=0')
 
 
 def describe(run, dataset):
@@ -450,18 +379,36 @@ def describe(run, dataset):
                     'to see; raise max_radius to change that')
 
 
-def report(step, metrics):
-    """Says what validate() found."""
-    runtime.say(f'step {step}: PSNR {metrics["psnr"]:.2f} dB, focus states '
-                f'{brief(metrics["psnr_states"])}, perplexity {brief(metrics["perplexity"], ".0f")}, '
-                f'alias missed {brief(metrics["alias_missed"], ".2f")}')
-    if bad := collapsed(metrics['perplexity']):
-        runtime.say(f'warning: token maps {bad} use almost no codes; raise reseed_until, or start anew '
-                    'with a larger batch_size')
+def main():
+    # device, data
+    dev = runtime.start(device, seed)
+    check_settings()
+    batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
+    dataset = open_dataset(data, 'train', image_size, flip=flip)
+    held_out, _ = evenly_spaced(open_dataset(data, 'val', image_size), eval_images)
 
+    # networks
+    run = set_up(dev)
+    step, metrics, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
+    if resumes(init_from, state_file):
+        step, metrics = resume(run, state_file)
+    elif init_from not in ('scratch', 'auto'):
+        start_from(run)
+    describe(run, dataset)
 
-def brief(numbers, form='.1f'):
-    return ' '.join(format(number, form) for number in numbers)
+    # training
+    supply = batches(dataset, batch_size, seed, step, workers)
+    with locked(f'{out_dir}/tokenizer.lock'):
+        if steps == 0:
+            save(run, step, metrics, dataset.classes)
+        train(run, config, 'tokenizer', step, metrics, flops_per_image(),
+              train_step=lambda step: train_step(run, step, next(supply)[0]),
+              validate=lambda step: validate(run, step, held_out, batch_per_pass),
+              save=lambda step, metrics: save(run, step, metrics, dataset.classes),
+              validate_after=warm_start)
+    if runtime.rank() == 0:
+        save_pictures(run.structure, normalize(held_out[:6].to(dev)), f'{out_dir}/tokenizer.png')
+        runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import train_tokenizer
 from configurator import HERE
 from experiments.bench import settings
 from fakegpu import FakeGPU
-from model import held_out_loss
+from model import build_student, held_out_loss
 from tokenizer import build_tokenizers
 from util import runtime
 from util.checkpoint import write_json
@@ -59,7 +59,7 @@ def stand_in_lpips(dev):
     with (mock.patch.object(lpips, 'load_state_dict_from_url', lambda *_, **__: {}),
           mock.patch.object(lpips, 'torchvision_load_pretrained_vgg16', vgg16),
           mock.patch.object(lpips.SampleSimilarityLPIPS, 'load_state_dict', lambda *_: None),
-          mock.patch.object(train_tokenizer.os.path, 'isfile', lambda path: True)):
+          mock.patch.object(train_tokenizer.Path, 'is_file', lambda path: True)):
         return LOAD_LPIPS(dev)
 
 
@@ -85,15 +85,14 @@ def stage1_on_a_gpu(gpu, file, **changes):
     with configured(train_tokenizer, file, **changes) as c, lpips:
         with gpu.building():
             run = train_tokenizer.set_up(gpu.device)
-        begin(*train_tokenizer.optimizers(run))
+        begin(run.optimizer, run.gan_optimizer)
         batch = runtime.share_of_batch(c.batch_size)
         shape = batch, 3, c.image_size, c.image_size
-        images = torch.empty(shape, device=gpu.device).contiguous(memory_format=torch.channels_last)
+        images = torch.zeros(shape, dtype=torch.uint8, device=gpu.device)
         train = observed(gpu, train_tokenizer.train_step, run, c.gan_start, images)
         images = None                                       # its memory would count below
         held_out = torch.zeros(shape, dtype=torch.uint8)
-        validation = observed(
-            gpu, train_tokenizer.validate, run.structure, run.alias, held_out, batch, gpu.device)
+        validation = observed(gpu, train_tokenizer.validate, run, 0, held_out, batch)
         return run, train, validation, batch
 
 
@@ -102,13 +101,14 @@ def stage2_on_a_gpu(gpu, stage1_file, file, **changes):
     with configured(train_fvar, file, **{'fsdp': False} | changes) as c:
         with gpu.building():
             structure, alias = build_tokenizers(settings(train_tokenizer, stage1_file))
-            run = train_fvar.set_up(gpu.device, structure.requires_grad_(False), alias, num_classes=1000)
+            student = build_student(settings(train_fvar, file), structure, num_classes=1000)
+            run = train_fvar.set_up(gpu.device, structure, alias, student)
         begin(run.optimizer)
         batch = runtime.share_of_batch(c.batch_size)
         lengths = run.network.student.lengths
         shapes = (batch, sum(lengths)), (batch, sum(lengths[:-1])), (batch,)
         tokens = [torch.zeros(shape, dtype=torch.int64, device=gpu.device) for shape in shapes]
-        train = observed(gpu, train_fvar.train_step, run, run.network, 0, tokens)
+        train = observed(gpu, train_fvar.train_step, run, 0, tokens)
         held_out = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
         validation = observed(
             gpu, held_out_loss, run.network, structure, [held_out], gpu.device, run.autocast)

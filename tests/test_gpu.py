@@ -86,13 +86,22 @@ def test_the_stand_in_multiplies_in_bfloat16_and_differentiates(gpu):
 # -----------------------------------------------------------------------------
 # training
 
+def set_up(script, gpu, num_classes):
+    """The namespace of a training script; stage 2 with new tokenizers."""
+    if script is train_tokenizer:
+        return script.set_up(gpu.device)
+    structure, alias = build_tokenizers(settings_of(train_tokenizer, STAGE1))
+    return script.set_up(gpu.device, structure, alias, build_student(script.config, structure, num_classes))
+
+
 def stage1_steps(gpu, configured, steps, **settings):
     """(bytes at the peak, waits) of some steps of stage 1, given by their numbers."""
     configured(train_tokenizer, **STAGE1 | CUDA | settings)
     with gpu.building():
         run = train_tokenizer.set_up(gpu.device)
-    growth.begin(*train_tokenizer.optimizers(run))
-    images = torch.empty(train_tokenizer.batch_size, 3, train_tokenizer.image_size, train_tokenizer.image_size, device=gpu.device)
+    growth.begin(run.optimizer, run.gan_optimizer)
+    shape = train_tokenizer.batch_size, 3, train_tokenizer.image_size, train_tokenizer.image_size
+    images = torch.zeros(shape, dtype=torch.uint8, device=gpu.device)
     for step in steps:
         gpu.start()
         train_tokenizer.train_step(run, step, images)
@@ -122,11 +131,10 @@ def test_checkpoints_save_memory_with_the_gan_on(gpu, configured, monkeypatch):
 def test_no_step_of_stage_2_waits(gpu, configured, settings):
     configured(train_fvar, **STAGE2 | CUDA | settings)
     with gpu.building():
-        structure, alias = build_tokenizers(settings_of(train_tokenizer, STAGE1))
-        run = train_fvar.set_up(gpu.device, structure, alias, 4)
+        run = set_up(train_fvar, gpu, num_classes=4)
     batch = [torch.zeros(8, *size, dtype=torch.int64, device=gpu.device) for size in ((49,), (13,), ())]
     gpu.start()
-    terms, norm = train_fvar.train_step(run, run.network, 0, batch)
+    terms, norm = train_fvar.train_step(run, 0, batch)
     assert not +gpu.waits and {t.device.type for t in (*terms.values(), norm)} == {'cuda'}
 
 
@@ -149,9 +157,8 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
     with FakeGPU() as gpu:
         configured(script, **settings | CUDA | dict(dtype='float32'))
         with gpu.building():
-            tokenizers = build_tokenizers(settings_of(train_tokenizer, STAGE1))
-            ready = script.set_up(gpu.device, *([*tokenizers, 10] if script is train_fvar else []))
-        growth.begin(*(train_tokenizer.optimizers(ready) if script is train_tokenizer else [ready.optimizer]))
+            ready = set_up(script, gpu, num_classes=10)
+        growth.begin(ready.optimizer, *([ready.gan_optimizer] if script is train_tokenizer else []))
         before = gpu.live
         monkeypatch.setattr(script, 'load_checkpoint', watched)
         if script is train_fvar:
@@ -284,15 +291,14 @@ def test_operations_per_image_are_those_of_a_step(configured, counted, script, s
     with FakeGPU() as gpu:
         configured(script, **settings | CUDA | dict(warm_start=0) if script is train_tokenizer else settings | CUDA)
         with gpu.building():
-            tokenizers = build_tokenizers(settings_of(train_tokenizer, STAGE1))
-            ready = script.set_up(gpu.device, *([*tokenizers, 4] if script is train_fvar else []))
+            ready = set_up(script, gpu, num_classes=4)
         if script is train_fvar:
             batch = [torch.zeros(8, *size, dtype=torch.int64, device=gpu.device) for size in ((49,), (13,), ())]
             gpu.start()
-            train_fvar.train_step(ready, ready.network, 0, batch)
+            train_fvar.train_step(ready, 0, batch)
         else:
             gpu.start()
-            train_tokenizer.train_step(ready, 5, torch.empty(4, 3, 24, 24, device=gpu.device))
+            train_tokenizer.train_step(ready, 5, torch.zeros(4, 3, 24, 24, dtype=torch.uint8, device=gpu.device))
         of_step = gpu.flops / script.batch_size
-    arguments = [*tokenizers, 4] if script is train_fvar else []
+    arguments = [ready] if script is train_fvar else []
     assert script.flops_per_image(*arguments) == pytest.approx(of_step, rel=0.1)

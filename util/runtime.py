@@ -114,9 +114,8 @@ def average_gradients(module):
 
 
 def mean_terms(terms):
-    """The scalar loss terms averaged over the ranks, as {name: float}."""
-    values = torch.stack([value.detach().float() for value in terms.values()])
-    return dict(zip(terms, all_reduce(values, average=True).tolist()))
+    """The loss terms averaged over the ranks, as {name: float, or list of floats}. Overwrites the tensors."""
+    return {name: all_reduce(value.float(), average=True).tolist() for name, value in terms.items()}
 
 
 def parallel(module):
@@ -158,18 +157,11 @@ def gathered(module):
         part.reshard()
 
 
-@contextmanager
-def without_sync(module):
-    """Inside, backward passes only accumulate this rank's gradients. The next one outside averages them."""
+def sync_gradients(module, on):
+    """Whether backward passes average the gradients over the ranks, or only accumulate this rank's."""
     if is_sharded(module):
-        module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
-    elif isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
-    else:
-        yield
+        module.set_requires_gradient_sync(on)
+    module.require_backward_grad_sync = on                  # what DDP looks at
 
 
 # -----------------------------------------------------------------------------
