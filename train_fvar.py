@@ -189,7 +189,7 @@ def train_step(run, trained, step, batch):
             run.scaler.scale(found['total'] / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
     parameters = [network.parameters() for network in run.network.children()]
-    norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup), terms)
+    norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
     return terms, norm
 
 
@@ -323,7 +323,7 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
             per_map = runtime.all_reduce(terms.pop('per_map'), average=True)
             means = runtime.mean_terms(terms)
             log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm.item(),
-                skipped=run.safe_step.check(), lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
+                skipped=run.safe_step.check(means), lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             shown = {name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means}
             bar.set_postfix({'step': step, **shown})
         if step % eval_every == 0 or step == steps:

@@ -216,7 +216,7 @@ def train_step(run, step, images):
         passes.append(out)
     runtime.average_gradients(run.tokenizers)
     parameters = [tokenizer.parameters() for tokenizer in run.tokenizers.values()]
-    norm, finite = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup), terms)
+    norm, finite = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
     if lambda_gan and step >= gan_start:
         terms['discriminator'] = discriminator_step(run, passes, finite)
     update_codebooks(run, passes, finite, step)
@@ -418,7 +418,7 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
 
         if step % log_every == 0 or step == steps:
             means = runtime.mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(),
+            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(means),
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             loss = means['l1'] + means['l2']
             bar.set_postfix({'step': step, 'loss': f'{loss:.4f}', 'vq': f'{means["vq"]:.3f}'})

@@ -385,26 +385,23 @@ class SafeStep:
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
         device = optimizer.param_groups[0]['params'][0].device
         self.skipped, self.in_a_row = torch.zeros(2, dtype=torch.int64, device=device)
-        self.culprits = {}      # loss term → whether it was non-finite in the first step of this streak
 
     def state_dict(self):
         return {'skipped': self.skipped.item(), 'in_a_row': self.in_a_row.item(),
-                'culprits': [name for name, bad in self.culprits.items() if bad],
                 'scaler': self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         self.skipped.fill_(state['skipped'])
         self.in_a_row.fill_(state['in_a_row'])
-        self.culprits = dict.fromkeys(state['culprits'], torch.ones_like(self.skipped, dtype=torch.bool))
         if state['scaler']:                                 # empty unless that run was in float16
             self.scaler.load_state_dict(state['scaler'])
 
-    def __call__(self, networks, lr, terms={}):
+    def __call__(self, networks, lr):
         """Clips, steps, clears the gradients. Returns (gradient norm, whether it is finite), both tensors.
 
         networks: lists of parameters. Each list is clipped separately, so that spikes in one network do not
-        shorten the steps of another. terms: the loss terms by name. A non-finite loss has non-finite
-        gradients, and gradients are averaged over the ranks, so all ranks skip the same steps.
+        shorten the steps of another. A non-finite loss has non-finite gradients, and gradients are averaged
+        over the ranks, so all ranks skip the same steps.
         """
         for group in self.optimizer.param_groups:
             group['lr'] = lr
@@ -417,29 +414,24 @@ class SafeStep:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-        begins = ~finite & (self.in_a_row == 0)
-        for name, value in terms.items():
-            before = self.culprits.get(name, torch.zeros_like(finite))
-            self.culprits[name] = torch.where(begins, ~value.detach().isfinite().all(), before)
         self.skipped += ~finite
         self.in_a_row = (self.in_a_row + 1) * ~finite
         return norm, finite
 
-    def check(self):
-        """Waits for the device and returns the number of steps skipped so far. All ranks must call this.
+    def check(self, terms={}):
+        """Waits for the device and returns the number of steps skipped so far.
 
-        Raises FloatingPointError, naming the loss terms that were non-finite first, if the last ten steps or
-        more were skipped.
+        Raises FloatingPointError if the last ten steps or more were skipped. terms: the loss terms of the last
+        one, as mean_terms() gives them; those that are not finite are named.
         """
         in_a_row = self.in_a_row.item()
         # float16 scalers start too high on purpose and skip steps on their way down
-        if in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            bad = [name for name, bad in self.culprits.items() if all_reduce(bad.int()).item()]
+        if in_a_row >= 10 and self.scaler.get_scale() <= 1:
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
             raise FloatingPointError(
-                f'{in_a_row} steps in a row had a non-finite loss or gradient, first in '
-                f'{", ".join(bad) or "a gradient"}; the last checkpoint is intact: continue from it with '
-                f'--init_from=auto and a lower --lr or --grad_clip, or with --dtype=float32')
+                f'{in_a_row} steps in a row had a non-finite {" and ".join(bad) or "gradient"}; the last '
+                'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or --grad_clip, '
+                'or with --dtype=float32')
         return self.skipped.item()
 
 
