@@ -24,8 +24,8 @@ from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import (
-    Log, check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_log,
-    read_weights, resumes, save_checkpoint, training_state)
+    Log, check_resumed, digest, load_checkpoint, load_optimizer, load_weights, locked, read_log, read_weights,
+    resumes, save_checkpoint, training_state)
 from util.pictures import add_row, plot_losses
 
 # input and output
@@ -267,7 +267,8 @@ def resume(run, state_file, dataset):
     if saved.get('classes', dataset.classes) != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
-    load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
+    load_weights(run.network, saved['network'], state_file)
+    load_optimizer(run.optimizer, saved['optimizer'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from configurator import UserError
-from util.runtime import from_rank_0, is_sharded, learning_rate, rank, say
+from util.runtime import from_rank_0, learning_rate, rank, say
 
 
 @contextmanager
@@ -210,12 +211,16 @@ def read_weights(path, shared=False):
 
 
 def load_weights(module, state_dict, name):
-    """load_state_dict() that raises a one-line UserError for weights that do not fit or are not finite."""
+    """load_state_dict() that raises a one-line UserError for weights that do not fit or are not finite.
+
+    The weights are whole, even if the module is sharded.
+    """
     for key, weight in state_dict.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if not weight.isfinite().all():
             raise UserError(f'{name} has non-finite numbers in {key}: use an older checkpoint')
+    now = module.state_dict()
     try:
-        module.load_state_dict(state_dict)
+        module.load_state_dict({key: sharded_like(now.get(key), w) for key, w in state_dict.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
         raise UserError(f'{name} does not fit this model: {reason}; is it of another config?') from None
@@ -251,46 +256,34 @@ def digest(state_dict):
 
 
 def training_state(module, optimizer):
-    """(module's state dict, optimizer's state dict), complete on every rank. All ranks must call this."""
-    if not is_sharded(module):
-        return module.state_dict(), optimizer.state_dict()
-    from torch.distributed.checkpoint import state_dict as sharded
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_state_dict(module, optimizer, options=options)
+    """(module's state dict, optimizer's state dict), whole on rank 0. All ranks must call this.
+
+    Other ranks get None for what a sharded module has split.
+    """
+    def whole(value):
+        if not hasattr(value, 'full_tensor'):
+            return value
+        value = value.full_tensor()
+        return value.cpu() if rank() == 0 else None
+
+    return tree_map(whole, (module.state_dict(), optimizer.state_dict()))
 
 
-def load_training_state(module, optimizer, weights, optimizer_state, name):
-    """Restores the result of training_state(). Either module may be sharded, or both."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    if 'state' in optimizer_state:                          # not Muon's, which is never sharded
-        order = [names[p] for group in optimizer.param_groups for p in group['params']]
-        keys = order if is_sharded(module) else range(len(order))           # by name, or by number
-        key_of = dict(zip(order, keys)) | dict(enumerate(keys))
-        optimizer_state = {'state': {key_of[key]: s for key, s in optimizer_state['state'].items()}}
-    if not is_sharded(module):
-        load_weights(module, weights, name)
-        load_optimizer(optimizer, optimizer_state)
-        return
-    from torch.distributed.checkpoint import state_dict as sharded
-    groups = [group | {'params': [names[p] for p in group['params']]} for group in optimizer.param_groups]
-    sharded.set_state_dict(module, optimizer, model_state_dict=weights,
-                           optim_state_dict=optimizer_state | {'param_groups': groups},
-                           options=sharded.StateDictOptions(full_state_dict=True))
+def sharded_like(parameter, tensor):
+    """A whole tensor, split over the ranks if the parameter is."""
+    if not hasattr(parameter, 'full_tensor') or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def load_optimizer(optimizer, saved):
-    """Restores an optimizer's averages. Learning rate, betas and weight decay stay those of this run.
-
-    Tensors are copied: on a CPU, load_state_dict() would keep those of `saved`.
-    """
-    def restored(now, saved):
-        if 'state' in now:
-            return now | {'state': saved['state']}
-        return {part: restored(now[part], saved[part]) for part in now}     # MuonWithAdamW
-
-    optimizer.load_state_dict(restored(optimizer.state_dict(), saved))
-    for state in optimizer.state.values():
-        state.update({name: value.clone() for name, value in state.items()})
+    """Restores the averages of a state dict. Learning rate, betas and weight decay stay those of this run."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    for number, values in saved['state'].items():
+        p = parameters[number]
+        optimizer.state[p].update({name: sharded_like(p, value).to(p.device, copy=True)
+                                   for name, value in values.items()})
 
 
 # -----------------------------------------------------------------------------

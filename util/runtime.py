@@ -305,19 +305,19 @@ def learning_rate(step, steps, peak, warmup):
 def adamw(module, lr, betas, weight_decay, without=()):
     """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas.
 
-    without: parameters that another optimizer trains.
+    without: a set of parameters that another optimizer trains, or a dictionary of them.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f'betas={betas}: give two numbers, each at least 0 and less than 1')
     kernels = {part.weight for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
-    ours = [p for p in module.parameters() if p.requires_grad and p not in set(without)]
+    ours = [p for p in module.parameters() if p.requires_grad and p not in without]
     groups = [{'params': [p for p in ours if (p in kernels) == decays],
                'weight_decay': weight_decay * decays} for decays in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-class MuonWithAdamW:
-    """torch.optim.Muon for some weights and AdamW for all other parameters, used like one optimizer.
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for some weights and AdamW for all other parameters, as one optimizer.
 
     weights: of linear layers, and of convolutions in channels-last memory, which count as matrices with a row
     per output channel. Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al.
@@ -325,21 +325,14 @@ class MuonWithAdamW:
     """
 
     def __init__(self, weights, module, lr, betas, weight_decay):
-        self.matrices = {}                                  # weight → a 2-D view of its memory
-        for weight in weights:
-            rows = weight.data.movedim(1, -1).view(len(weight), -1)
-            self.matrices[weight] = nn.Parameter(rows)
-        matrices = self.matrices.values()
-        self.muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
-        self.adamw = adamw(module, lr, betas, weight_decay, without=weights)
-
-    @property
-    def param_groups(self):
-        return self.muon.param_groups + self.adamw.param_groups
-
-    @property
-    def state(self):
-        return self.muon.state | self.adamw.state
+        self.matrices = {weight: nn.Parameter(weight.data.movedim(1, -1).view(len(weight), -1))
+                         for weight in weights}             # views of the weights' memory
+        self.muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn='match_rms_adamw')
+        self.adamw = adamw(module, lr, betas, weight_decay, without=self.matrices)
+        super().__init__([{'params': weights}, *self.adamw.param_groups], {'lr': lr})
+        self.adamw.state = self.state                       # one state, in which a weight's is its matrix's
+        for weight, matrix in self.matrices.items():
+            self.muon.state[matrix] = self.state[weight]
 
     def step(self):
         self.adamw.found_inf = self.found_inf
@@ -348,19 +341,9 @@ class MuonWithAdamW:
             for weight, matrix in self.matrices.items():
                 if weight.grad is not None:                 # some learn only after the warm start
                     matrix.grad = weight.grad.movedim(1, -1).flatten(1)
+            self.muon.param_groups[0]['lr'] = self.param_groups[0]['lr']
             self.muon.step()
-
-    def zero_grad(self, set_to_none=True):
-        self.adamw.zero_grad(set_to_none)
-        for parameter in (*self.matrices, *self.matrices.values()):
-            parameter.grad = None
-
-    def state_dict(self):
-        return {'muon': self.muon.state_dict(), 'adamw': self.adamw.state_dict()}
-
-    def load_state_dict(self, state):
-        self.muon.load_state_dict(state['muon'])
-        self.adamw.load_state_dict(state['adamw'])
+            self.muon.zero_grad()
 
 
 def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
