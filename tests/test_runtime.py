@@ -587,16 +587,9 @@ def test_a_failure_while_writing_leaves_what_was_there_and_nothing_else(tmp_path
     assert all((tmp_path / name).read_text() == 'old' for name in existing)
 
 
-@pytest.fixture
-def quick_locks(monkeypatch):
-    monkeypatch.setattr(files, 'BEAT', 0.05)
-    monkeypatch.setattr(files, 'PATIENCE', 1.5)
-
-
 HOLDER = """
 import sys, time
 from util import checkpoint
-checkpoint.BEAT = 0.05
 with checkpoint.locked(sys.argv[1]):
     print('locked', flush=True)
     time.sleep(60)
@@ -614,7 +607,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder, quick_locks):
+def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder):
     lock = tmp_path / 'a.lock'
     before = lock.read_text()
     with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on .*, since 20') as error:
@@ -628,18 +621,16 @@ def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder):
     holder.wait()
     began = time.monotonic()
     with locked(tmp_path / 'a.lock'):
-        assert json.loads((tmp_path / 'a.lock').read_text())['pid'] == os.getpid()
+        assert (tmp_path / 'a.lock').read_text().startswith(f'process {os.getpid()} on {platform.node()}, since ')
     assert not list(tmp_path.iterdir()) and time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize('content', [
-    '{"host": "another", "pid": 1, "since": "yesterday"}', '', '{"ho',
-    json.dumps({'host': platform.node(), 'pid': os.getppid(), 'since': 'another process has its number'})])
-def test_a_lock_that_nobody_touches_is_taken_over_after_a_while(tmp_path, quick_locks, content):
-    (tmp_path / 'a.lock').write_text(content)
-    began = time.monotonic()
+@pytest.mark.parametrize('error', [OSError(errno.ENOLCK, 'No locks available'), ImportError('no fcntl')], ids=repr)
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch, error):
+    import fcntl
+    monkeypatch.setattr(fcntl, 'lockf', fails(error))
     with locked(tmp_path / 'a.lock'):
-        assert time.monotonic() - began > 1.4
+        pass
     assert not list(tmp_path.iterdir())
 
 
@@ -1011,7 +1002,7 @@ def test_on_a_terminal_a_bar_is_a_bar(capsys, monkeypatch):
 # the outermost frame
 
 def fails(error):
-    def main():
+    def main(*arguments):
         raise error
     return main
 

@@ -613,11 +613,10 @@ def test_lpips_of_tiny_images_is_one_line_at_the_start(train_stage1):
 def test_a_second_run_in_one_folder_is_told_so(train, train_stage1, stage1, tmp_path, data, monkeypatch):
     shutil.copy(stage1 / 'tokenizer.pt', tmp_path)
     (tmp_path / 'tokens').mkdir()
-    monkeypatch.setattr(checkpoint, 'shows_life', lambda *_: True)
+    monkeypatch.setattr(checkpoint, 'take_lock', lambda file: f'{file.name} is held by another run')
     for name, start in (('fvar', train), ('tokenizer', train_stage1),
                         ('tokens/encode', lambda: run(encode, data=data, out_dir=str(tmp_path), device='cpu'))):
-        (tmp_path / f'{name}.lock').touch()
-        with pytest.raises(UserError, match=f'{name}.lock is held by'):
+        with pytest.raises(UserError, match=f'{name}.lock is held by another run'):
             start()
     assert sorted(file.name for file in tmp_path.rglob('*') if file.is_file()) == [
         'encode.lock', 'fvar.lock', 'tokenizer.lock', 'tokenizer.pt']

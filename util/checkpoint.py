@@ -5,10 +5,9 @@ import os
 import platform
 import re
 import sys
-import threading
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -55,83 +54,40 @@ def read_json(path):
 # -----------------------------------------------------------------------------
 # locks
 
-BEAT, PATIENCE = 3, 60          # seconds between a holder's signs of life, and until silence means death
-
-
 @contextmanager
 def locked(path):
-    """Keeps other runs out of the same files: while active, rank 0 holds a lock file. UserError if
-    another one does.
+    """Keeps other runs out of the same files: while active, rank 0 holds a lock file. UserError if another
+    run does.
 
-    A lock is taken over if its process is gone or, where that cannot be seen, if nobody touches it for a
-    minute. The operating system's own locks are not used: network file systems often lack them.
+    The operating system frees the lock of a process that ends, however it does. Windows and some network file
+    systems have no such locks; there nothing is checked.
     """
-    path, ended = Path(path), threading.Event()
-
-    def keep_alive():
-        while not ended.wait(BEAT):
-            with suppress(OSError):
-                os.utime(path)
-
-    problem = from_rank_0(take_lock(path) if rank() == 0 else None)
-    if problem:
-        raise UserError(problem)
-    if rank() == 0:
-        threading.Thread(target=keep_alive, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if rank() == 0:
-            path.unlink(missing_ok=True)
-
-
-def take_lock(path):
-    """Creates a lock file, or returns a line that says who holds it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    with open(path, 'a+') if rank() == 0 else nullcontext() as file:
+        problem = from_rank_0(file and take_lock(file))
+        if problem:
+            raise UserError(problem)
         try:
-            with open(path, 'x') as file:                   # fails if it exists, also on NFS
-                since = time.strftime('%Y-%m-%d %H:%M:%S')
-                json.dump({'host': platform.node(), 'pid': os.getpid(), 'since': since}, file)
-            return None
-        except FileExistsError:
-            holder = {'host': '?', 'pid': 0, 'since': '?'} | (read_json(path) or {})
-            name = 'process {pid} on {host}, since {since}'.format(**holder)
-            if not is_gone(holder) and shows_life(path, name):
-                return f'{path} is held by {name}: wait until it ends, or stop it'
-            path.unlink(missing_ok=True)
+            yield
+        finally:
+            if file:
+                path.unlink(missing_ok=True)
 
 
-def is_gone(holder):
-    """Whether a lock's holder was a process of this machine that has ended. False if unknown."""
-    if holder['host'] != platform.node() or os.name != 'posix':
-        return False
-    if holder['pid'] == os.getpid():                        # left in a container, where numbers repeat
-        return True
+def take_lock(file):
+    """Locks an open file and writes this process into it, or returns a line that says who holds it."""
     try:
-        os.kill(holder['pid'], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
+        import fcntl                                        # Windows has none
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        since = time.strftime('%Y-%m-%d %H:%M:%S')
+        print(f'process {os.getpid()} on {platform.node()}, since {since}', end='', file=file, flush=True)
+    except BlockingIOError:
+        file.seek(0)
+        return f'{file.name} is held by {file.read() or "another run"}: wait until it ends, or stop it'
+    except (ImportError, OSError):
         pass
-    return False
-
-
-def shows_life(path, name):
-    """Waits for a lock file to be touched, at most PATIENCE seconds."""
-    def touched():
-        with open(path) as file:                            # opening it renews what NFS knows of it
-            return os.fstat(file.fileno()).st_mtime_ns
-
-    say(f'{path} is from {name}: waiting up to {PATIENCE} s for a sign of life')
-    with suppress(FileNotFoundError):
-        before, began = touched(), time.monotonic()
-        while time.monotonic() - began < PATIENCE:
-            time.sleep(BEAT / 10)
-            if touched() != before:
-                return True
-    return False
 
 
 # -----------------------------------------------------------------------------
