@@ -330,7 +330,7 @@ def optimizers(run):
 
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
-    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
+    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py')
     has_gan = bool(saved['config']['lambda_gan']), bool(lambda_gan)
     check_resumed(saved, config, FIXED + ('lambda_gan',) * (has_gan[0] != has_gan[1]), state_file)
     load_weights(run.networks, saved['networks'], state_file)

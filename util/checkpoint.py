@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,8 +31,8 @@ def atomic_write(path, mode='wb', keep_previous=False):
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
+            path.replace(previous(path))
+        temporary.replace(path)
     except RuntimeError as error:                           # torch.save hides the OSError of a full disk
         raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
@@ -122,22 +121,21 @@ def blame(path):
         raise UserError(f'{path} has no {error}: it was written by another version of this code') from None
 
 
-def load_checkpoint(path, kind, made_by='', shared=False):
+def load_checkpoint(path, kind, made_by=''):
     """Reads a file of save_checkpoint() to the CPU; checkpoint['kind'] must equal kind.
 
     If the newest file is damaged or missing, falls back to PATH.previous with a warning. Raises UserError if
     there is none (made_by: the script that writes it), if it cannot be read, or if it is of another kind.
-    shared: see read_weights().
     """
     problem = f'{path}: no such checkpoint' + (f'; run {made_by} first' if made_by else '')
     for file in candidates(path):
         try:
-            checkpoint = read_weights(file, shared)
+            checkpoint = read_weights(file)
         except UserError as error:
             problem = error
             continue
         if file != Path(path):
-            print(f'warning: {path} is missing or damaged; falling back to {file}', file=sys.stderr)
+            say(f'warning: {path} is missing or damaged; falling back to {file}')
         found = checkpoint.get('kind') if isinstance(checkpoint, dict) else None
         if found != kind:
             raise UserError(f'{file} holds {found or "something else"}, not {kind}')
@@ -145,11 +143,11 @@ def load_checkpoint(path, kind, made_by='', shared=False):
     raise UserError(problem)
 
 
-def read_weights(path, shared=False):
+def read_weights(path):
     """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file,
     FileNotFoundError and PermissionError as they are.
 
-    shared: maps the file into memory, so that the ranks of a machine share one copy, which is read-only.
+    The file is mapped into memory, if it can be: the ranks of a machine share one copy.
     """
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -157,7 +155,7 @@ def read_weights(path, shared=False):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and shared)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:                              # zip, pickle and torch all raise their own kinds
@@ -207,7 +205,7 @@ def digest(state_dict):
     sha = hashlib.sha256()
     for name, weight in sorted(state_dict.items()):
         sha.update(name.encode())
-        sha.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(weight.numpy(force=True).tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -253,31 +251,28 @@ class Log:
     """
 
     def __init__(self, path, first_step=0, to='', config={}):
-        path = Path(path)
-        self.file, self.path = None, path
-        if rank() != 0:
-            return
-        self.show = open_writer(to, path, first_step, config)
-        kept = [record for record in read_log(path) if record['step'] < first_step]
-        with atomic_write(path, 'w') as file:
-            file.writelines(json.dumps(record) + '\n' for record in kept)
-        self.file = open(path, 'a', encoding='utf-8')
+        self.path = Path(path)
+        if rank() == 0:
+            self.show = open_writer(to, self.path, first_step, config)
+            kept = [record for record in read_log(path) if record['step'] < first_step]
+            with atomic_write(path, 'w') as file:
+                file.writelines(json.dumps(record) + '\n' for record in kept)
 
     def __call__(self, **record):
-        if self.file:
+        if rank() == 0:
             finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
-            self.file.write(json.dumps(finite) + '\n')
-            self.file.flush()
-            self.show(record['step'], flat(record))
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(finite) + '\n')
+            self.show(record.pop('step'), flat(record))
 
 
 def flat(record):
-    """{name: number} of a record without its step. Item i of a list becomes name/i."""
+    """{name: number} of a record. Item i of a list becomes name/i."""
     numbers = {}
     for name, value in record.items():
         if isinstance(value, list):
             numbers |= {f'{name}/{i}': item for i, item in enumerate(value)}
-        elif name != 'step':
+        else:
             numbers[name] = value
     return numbers
 
@@ -304,10 +299,8 @@ def open_writer(to, path, first_step, config):
 def read_log(path):
     """The records of a log, without lines that a crash damaged."""
     records, path = [], Path(path)
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            int(record['step'])
-            records.append(record)
+    if path.is_file():
+        for line in path.read_text(errors='replace').splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
     return records
