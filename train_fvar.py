@@ -10,7 +10,6 @@ every validation) and loss.png (the loss curves).
 """
 import math
 import os
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -182,11 +181,10 @@ def train_step(run, trained, step, batch):
 
     terms, distill_weight = {}, min(1.0, (step + 1) / max(1, distill_warmup))
     for i, part in enumerate(zip(*(t.chunk(grad_accum_steps) for t in everything))):
-        last = i == grad_accum_steps - 1
-        with nullcontext() if last else runtime.without_sync(trained):
-            with run.autocast():
-                found = trained(*part, distill_weight=distill_weight)
-            run.scaler.scale(found['total'] / grad_accum_steps).backward()
+        runtime.sync_gradients(trained, i == grad_accum_steps - 1)
+        with run.autocast():
+            found = trained(*part, distill_weight=distill_weight)
+        run.scaler.scale(found['total'] / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
     parameters = [network.parameters() for network in run.network.children()]
     norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
@@ -334,7 +332,6 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
             save(run, step, metrics, train)
             saving.stop_if_asked(step)
             speed.start(step)
-    saving.end()
     bar.close()
     if runtime.rank() == 0:
         plot_losses(log.path, f'{out_dir}/loss.png', ('ce', 'val_ce', 'teacher_ce', 'val_teacher_ce'))

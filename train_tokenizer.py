@@ -431,7 +431,6 @@ def training_loop(run, step, metrics, train, validation, batch_per_pass):
             save(run, step, metrics, train.classes)
             saving.stop_if_asked(step)
             speed.start(step)
-    saving.end()
     bar.close()
     if runtime.rank() == 0:
         save_pictures(run.structure, normalize(validation[:6].to(run.dev)), f'{out_dir}/tokenizer.png')

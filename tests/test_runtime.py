@@ -115,14 +115,14 @@ def test_what_is_drawn_is_distributed_as_asked_for():
     )
 
 
-def test_all_gradients_are_averaged_in_one_call(monkeypatch):
-    module, seen = nn.ModuleList([nn.Linear(3, 2), nn.Linear(1, 1)]), []
+def test_gradients_are_averaged_where_there_are_any(monkeypatch):
+    module = nn.ModuleList([nn.Linear(3, 2), nn.Linear(1, 1)])
     module[0].weight.grad, module[0].bias.grad = torch.arange(6.0).view(2, 3), torch.tensor([6.0, 7.0])
     monkeypatch.setattr(runtime.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda flat: (seen.append(flat.tolist()), flat.mul_(4)))
+    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda gradient: gradient.mul_(4))
     monkeypatch.setenv('WORLD_SIZE', '2')
     runtime.average_gradients(module)
-    assert seen == [list(range(8))] and module[1].weight.grad is None
+    assert module[1].weight.grad is None
     assert [p.grad.tolist() for p in module[0].parameters()] == [[[0, 2, 4], [6, 8, 10]], [12, 14]]
 
 
@@ -465,11 +465,8 @@ def saved_bytes(value):
 
 @pytest.fixture
 def saving():
-    """Makes a Saving that ends with the test."""
-    made = []
-    yield lambda every=5, seconds=0.0: made.append(runtime.Saving(every, seconds)) or made[-1]
-    for one in reversed(made):
-        one.end()
+    """Makes a Saving."""
+    return lambda every=5, seconds=0.0: runtime.Saving(every, seconds)
 
 
 def test_a_run_is_saved_every_so_many_steps_and_at_its_end(saving):
@@ -497,18 +494,15 @@ def test_the_seconds_are_those_of_rank_0(saving, monkeypatch):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, capsys):
-    before = signal.getsignal(number)
     one = saving(every=100)
     assert not one.due(1, 100)
     os.kill(os.getpid(), number)
     assert one.due(2, 100)
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: one.stop_if_asked(2))
-    assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert (
-        capsys.readouterr().err
-        == f'error: stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
-    )
+    assert stop.value.code == 128 + number
+    shown = f'stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
+    assert capsys.readouterr() == (shown, '')
 
 
 def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
@@ -520,7 +514,7 @@ def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
     assert one.due(7, 100)
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: one.stop_if_asked(7))
-    assert stop.value.code == 143 and capsys.readouterr().err == ''     # rank 0 says it
+    assert stop.value.code == 143 and capsys.readouterr() == ('', '')   # rank 0 says it
 
 
 def test_a_second_interrupt_does_not_wait(saving):
@@ -610,7 +604,7 @@ def holder(tmp_path):
 def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder):
     lock = tmp_path / 'a.lock'
     before = lock.read_text()
-    with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on .*, since 20') as error:
+    with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on {platform.node()}:') as error:
         with locked(lock):
             pass
     assert one_line(error) and lock.read_text() == before
@@ -621,7 +615,7 @@ def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder):
     holder.wait()
     began = time.monotonic()
     with locked(tmp_path / 'a.lock'):
-        assert (tmp_path / 'a.lock').read_text().startswith(f'process {os.getpid()} on {platform.node()}, since ')
+        assert (tmp_path / 'a.lock').read_text() == f'process {os.getpid()} on {platform.node()}'
     assert not list(tmp_path.iterdir()) and time.monotonic() - began < 2
 
 
@@ -736,8 +730,6 @@ def test_two_damaged_checkpoints_are_an_error(checkpoint, capsys):
 def test_a_missing_checkpoint_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match='toy.pt: no such checkpoint; run train_toy.py first'):
         load_checkpoint(tmp_path / 'toy.pt', 'toy', made_by='train_toy.py')
-    with pytest.raises(UserError, match='no such checkpoint$'):
-        load_checkpoint(tmp_path / 'toy.pt', 'toy')
 
 
 @pytest.mark.parametrize(
@@ -768,7 +760,7 @@ class Trap:
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({'kind': 'toy', 'weights': Trap(tmp_path / 'sprung')}, tmp_path / 'a.pt')
-    with pytest.raises(UserError, match='a.pt cannot be read .it holds code, which is never run') as error:
+    with pytest.raises(UserError, match='a.pt cannot be read .*code in it, which is never run') as error:
         load_checkpoint(tmp_path / 'a.pt', 'toy')
     assert one_line(error) and not (tmp_path / 'sprung').exists()
     torch.load(tmp_path / 'a.pt', weights_only=False)       # it would have been
@@ -778,9 +770,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     'content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03']
 )
-def test_a_file_that_is_no_checkpoint_is_not_accused_of_holding_code(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
     (tmp_path / 'a.pt').write_bytes(content)
-    with pytest.raises(UserError, match='a.pt cannot be read .truncated or not a checkpoint') as error:
+    with pytest.raises(UserError, match='a.pt cannot be read .truncated, not a checkpoint') as error:
         read_weights(tmp_path / 'a.pt')
     assert one_line(error)
 
@@ -831,19 +823,6 @@ def test_a_resumed_run_must_keep_its_shapes():
     with pytest.raises(UserError, match='a.pt was made with depth=4, which .* cannot change to 6') as error:
         check_resumed({'config': OLD_RUN, 'step': 50}, OLD_RUN | {'depth': 6}, ['sizes', 'depth'], 'a.pt')
     assert one_line(error) and '--init_from=scratch' in str(error.value)
-
-
-@pytest.mark.parametrize('step, changes, said', [
-    (100, {'steps': 200}, 'the learning rate goes up from 0.01 to 0.057, and then down again until step 200'),
-    (50, {'lr': 0.2}, 'goes up from 0.06 to 0.12,'),
-    (50, {'lr': 0.01}, ''),
-    (50, {'steps': 60}, ''),
-    (2, {'steps': 200}, ''),                                # during the warm-up it rises anyway
-])
-def test_a_learning_rate_that_goes_up_again_is_said(capsys, step, changes, said):
-    check_resumed({'config': OLD_RUN, 'step': step}, OLD_RUN | changes, [], 'a.pt')
-    shown = capsys.readouterr().out
-    assert said in shown and ('learning rate' in shown) == bool(said)
 
 
 def test_digest_follows_weights_and_names_and_nothing_else(tmp_path):
@@ -1015,19 +994,19 @@ def fails(error):
         (
             torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'),
             1,
-            'out of memory: set a smaller --batch_size',
+            'out of memory: lower --batch_size',
         ),
-        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: set a smaller --batch_size'),
+        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
         (
             RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9'),
             1,
-            'out of memory: set a smaller --batch_size',
+            'out of memory: lower --batch_size',
         ),
-        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: set a smaller --batch_size'),
+        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
         (
             RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
             1,
-            'an image-decoding process died (DataLoader worker',
+            'out of memory: lower --batch_size or --workers',
         ),
         (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
         (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
@@ -1050,18 +1029,6 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
     shown = capsys.readouterr()
     assert stop.value.code == status and shown.out == ''
     assert shown.err.startswith(f'error: {message}') and shown.err.count('\n') == 1
-
-
-def test_out_of_memory_names_the_settings_to_change(capsys):
-    for settings, message in (
-            ({'batch_size': 8, 'num_samples': 0}, 'set a smaller --batch_size\n'),
-            ({'grad_accum_steps': 1, 'grad_checkpoint': False, 'batch_size': 8},
-             'raise --grad_accum_steps or set --grad_checkpoint=True\n')):
-        scope = settings | {'torch': torch}
-        exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)
-        with pytest.raises(SystemExit):
-            runtime.run(scope['main'])
-        assert capsys.readouterr().err == f'error: out of memory: {message}'
 
 
 @pytest.mark.parametrize(

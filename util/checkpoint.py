@@ -3,8 +3,6 @@ import hashlib
 import json
 import os
 import platform
-import re
-import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from configurator import UserError
-from util.runtime import from_rank_0, learning_rate, rank, say
+from util.runtime import from_rank_0, rank, say
 
 
 @contextmanager
@@ -80,8 +78,7 @@ def take_lock(file):
         import fcntl                                        # Windows has none
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
-        since = time.strftime('%Y-%m-%d %H:%M:%S')
-        print(f'process {os.getpid()} on {platform.node()}, since {since}', end='', file=file, flush=True)
+        print(f'process {os.getpid()} on {platform.node()}', end='', file=file, flush=True)
     except BlockingIOError:
         file.seek(0)
         return f'{file.name} is held by {file.read() or "another run"}: wait until it ends, or stop it'
@@ -121,13 +118,13 @@ def blame(path):
         raise UserError(f'{path} has no {error}: it was written by another version of this code') from None
 
 
-def load_checkpoint(path, kind, made_by=''):
+def load_checkpoint(path, kind, made_by='the script that writes it'):
     """Reads a file of save_checkpoint() to the CPU; checkpoint['kind'] must equal kind.
 
     If the newest file is damaged or missing, falls back to PATH.previous with a warning. Raises UserError if
-    there is none (made_by: the script that writes it), if it cannot be read, or if it is of another kind.
+    there is none, if it cannot be read, or if it is of another kind.
     """
-    problem = f'{path}: no such checkpoint' + (f'; run {made_by} first' if made_by else '')
+    problem = f'{path}: no such checkpoint; run {made_by} first'
     for file in candidates(path):
         try:
             checkpoint = read_weights(file)
@@ -158,10 +155,9 @@ def read_weights(path):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:                              # zip, pickle and torch all raise their own kinds
-        code = re.search(r'GLOBAL (\S+)', str(error), re.IGNORECASE)
-        reason = f'it holds code, which is never run: {code[1]}' if code else 'truncated or not a checkpoint'
-        raise UserError(f'{path} cannot be read ({reason})') from None
+    except Exception:                                       # zip, pickle and torch all raise their own kinds
+        raise UserError(f'{path} cannot be read (truncated, not a checkpoint, or with code in it, which is never '
+                        'run)') from None
 
 
 def load_weights(module, state_dict, name):
@@ -185,19 +181,16 @@ def check_resumed(saved, config, fixed, path):
 
     saved: the checkpoint. config: this run's settings.
     """
-    old, step = saved['config'], saved['step']
-    changed = {name: f'{name} {old[name]!r} → {config[name]!r}' for name in config
-               if name in old and old[name] != config[name] and name not in ('init_from', 'out_dir')}
-    for name in filter(changed.get, fixed):
-        raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
-                        f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
+    old = saved['config']
+    changed = [name for name, value in config.items()
+               if old.get(name, value) != value and name not in ('init_from', 'out_dir')]
+    for name in changed:
+        if name in fixed:
+            raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
+                            f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
     if changed:
-        say('resumed with changed settings: ' + ', '.join(changed.values()))
-    before, after = (learning_rate(at, of['steps'], of['lr'], of['warmup'])
-                     for at, of in ((step - 1, old), (step, config)))
-    if after > 1.01 * before and step > config['warmup']:
-        say(f'the learning rate goes up from {before:.2g} to {after:.2g}, and then down again until step '
-            f'{config["steps"]}')
+        say('resumed with changed settings: '
+            + ', '.join(f'{name} {old[name]!r} → {config[name]!r}' for name in changed))
 
 
 def digest(state_dict):
@@ -279,8 +272,6 @@ def flat(record):
 
 def open_writer(to, path, first_step, config):
     """A function (step, {name: number}) that writes to TensorBoard (tensorboard/ next to the log) or W&B."""
-    if to not in ('', 'tensorboard', 'wandb'):
-        raise UserError(f'--log_to={to}: choose tensorboard or wandb, or leave it out')
     try:
         if to == 'tensorboard':
             from torch.utils.tensorboard import SummaryWriter
@@ -293,6 +284,8 @@ def open_writer(to, path, first_step, config):
             return lambda step, numbers: run.log(numbers | {'step': step})
     except ImportError:
         raise UserError(f'--log_to={to} needs a package that is not installed: pip install {to}') from None
+    if to:
+        raise UserError(f'--log_to={to}: choose tensorboard or wandb, or leave it out')
     return lambda step, numbers: None
 
 

@@ -10,10 +10,10 @@ import re
 import signal
 import sys
 import time
+import timeit
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -104,19 +104,16 @@ def broadcast_weights(module):
 
 
 def average_gradients(module):
-    """Averages .grad over the ranks in one call. DDP cannot: the losses have several backward passes."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), average=True)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    """Averages .grad over the ranks. DDP cannot: the losses have several backward passes."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            all_reduce(parameter.grad, average=True)
 
 
 def mean_terms(terms):
     """The scalar loss terms averaged over the ranks, as {name: float}."""
-    values = torch.stack([value.detach().float() for value in terms.values()])
-    return dict(zip(terms, all_reduce(values, average=True).tolist()))
+    values = all_reduce(torch.stack(list(terms.values())), average=True)
+    return dict(zip(terms, values.tolist()))
 
 
 def parallel(module):
@@ -158,18 +155,12 @@ def gathered(module):
         part.reshard()
 
 
-@contextmanager
-def without_sync(module):
-    """Inside, backward passes only accumulate this rank's gradients. The next one outside averages them."""
+def sync_gradients(module, on):
+    """Whether backward passes average gradients over the ranks, or only accumulate those of this rank."""
     if is_sharded(module):
-        module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
-    elif isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
+        module.set_requires_gradient_sync(on)
     else:
-        yield
+        module.require_backward_grad_sync = on              # of DDP; others ignore it
 
 
 # -----------------------------------------------------------------------------
@@ -192,7 +183,7 @@ def start(device='auto', seed=0):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f'--device={device}: {reason}; use --device=auto') from None
-    if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
+    if 'WORLD_SIZE' in os.environ:
         join_ranks('nccl' if device.type == 'cuda' else 'gloo')
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(seed)
@@ -207,13 +198,10 @@ def join_ranks(backend):
     count is only known to agree between the ranks of one machine.
     """
     global cpu_group
-    environment, options = os.environ, {}
-    one_machine = environment.get('LOCAL_WORLD_SIZE') == environment['WORLD_SIZE']
-    if one_machine and environment.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        store = next(dist.rendezvous('env://'))[0]
-        store = dist.PrefixStore(f'start {environment["TORCHELASTIC_RESTART_COUNT"]}', store)
-        options = {'store': store, 'rank': rank(), 'world_size': world_size()}
-    dist.init_process_group(backend, **options)
+    store, number, count = next(dist.rendezvous('env://'))
+    if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 
@@ -222,7 +210,7 @@ def has_fast_bfloat16(device):
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = torch.cpu.get_capabilities()
-    return device.type == 'cpu' and any(supported.get(name, False) for name in ('avx512_bf16', 'amx_bf16'))
+    return device.type == 'cpu' and any(supported.get(name) for name in ('avx512_bf16', 'amx_bf16'))
 
 
 def precision(dtype, device):
@@ -421,19 +409,10 @@ class SafeStep:
 # -----------------------------------------------------------------------------
 # saving and stopping
 
-class Stopped(Exception):
-    """A signal stopped the run, which was saved first. number: the signal's."""
-
-    def __init__(self, number, step):
-        super().__init__(f'stopped by {signal.Signals(number).name} after step {step} and saved; '
-                         f'continue with --init_from=resume')
-        self.number = number
-
-
 class Saving:
     """Decides when to save a run: every so many steps or seconds (0: never), at its end and before it stops.
 
-    While active, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
+    From then on, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
     SIGINT stops at once. A signal to any rank stops all. The seconds are those of rank 0.
     """
 
@@ -441,8 +420,8 @@ class Saving:
         self.every, self.seconds = every, seconds
         self.received = self.agreed = 0                     # signal numbers: of this rank, of all ranks
         self.saved_at = time.monotonic()
-        self.handlers = {number: signal.signal(number, self.note)
-                         for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
         if number == self.received == signal.SIGINT:
@@ -452,22 +431,18 @@ class Saving:
     def due(self, step, steps):
         """Whether to save now, after `step` of `steps` steps. All ranks must ask, and get the same answer."""
         late = rank() == 0 and 0 < self.seconds <= time.monotonic() - self.saved_at
-        self.agreed, late = all_reduce_max(torch.tensor([self.received, int(late)])).tolist()
-        due = bool(late or self.agreed or step % self.every == 0 or step == steps)
+        self.agreed, late = all_reduce_max(torch.tensor([self.received, late])).tolist()
+        due = late or self.agreed or step % self.every == 0 or step == steps
         if due:
             self.saved_at = time.monotonic()
         return due
 
     def stop_if_asked(self, step):
-        """Call after saving. Raises Stopped if there was a signal."""
+        """Call after saving. After a signal, exits with status 128 + its number, as in a shell."""
         if self.agreed:
-            self.end()
-            raise Stopped(self.agreed, step)
-
-    def end(self):
-        """Restores the signal handlers."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            say(f'stopped by {signal.Signals(self.agreed).name} after step {step} and saved; continue with '
+                '--init_from=resume')
+            raise SystemExit(128 + self.agreed)
 
 
 # -----------------------------------------------------------------------------
@@ -504,8 +479,7 @@ def progress(total, initial=0, label='', images_per_step=1):
     options = {'dynamic_ncols': True}
     if not sys.stderr.isatty():
         line = '{desc} {percentage:.1f} %, {n_fmt}/{total_fmt} images, {remaining} left, {rate_fmt}{postfix}'
-        options = {'file': LogLines(), 'bar_format': line, 'leave': False}
-        options |= {'mininterval': 30, 'maxinterval': 30}
+        options = dict(file=LogLines(), bar_format=line, leave=False, mininterval=30, maxinterval=30)
     return tqdm(total=total, initial=initial, desc=label, unit='img', unit_scale=images_per_step,
                 disable=rank() != 0, delay=1, **options)
 
@@ -553,35 +527,29 @@ def peak_flops(device, autocast):
 def measured_peak(device, autocast):
     """FLOP/s of a large matrix product, the best of four."""
     n = 8192 if device.type == 'cuda' else 1536
-    matrix, seconds = torch.ones(n, n, device=device), []
-    for _ in range(4):
-        began = time.perf_counter()
-        with autocast():
-            (matrix @ matrix)[0, 0].item()                  # waits for the device
-        seconds.append(time.perf_counter() - began)
+    matrix = torch.ones(n, n, device=device)
+    with autocast():                                        # .item() waits for the device
+        seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)
     return 2 * n ** 3 / min(seconds)
 
 
 # -----------------------------------------------------------------------------
 # errors
 
-def run(main):
-    """Runs a script's main(). Expected errors become one line: status 2 for a user's mistake, otherwise 1.
+OUT_OF_MEMORY = ('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED'
+                 '|DataLoader worker')          # whose death is most often that
 
-    A run that a signal stopped has status 128 + the signal's number, as in a shell.
-    """
+
+def run(main):
+    """Runs a script's main(). Expected errors become one line: status 2 for a user's mistake, otherwise 1."""
     began = time.time()
     try:
         main()
-        say(f'{Path(sys.argv[0]).name}: done in {time.time() - began:.0f} s')
+        say(f'{os.path.basename(sys.argv[0])}: done in {time.time() - began:.0f} s')
     except UserError as error:
         fail(error, 2)
     except FloatingPointError as error:
         fail(error, 1)
-    except Stopped as stop:
-        if rank() == 0:
-            fail(stop, 128 + stop.number)
-        raise SystemExit(128 + stop.number) from None
     except KeyboardInterrupt:
         fail('interrupted', 130)
     except OSError as error:
@@ -590,28 +558,18 @@ def run(main):
             fail(f'disk full while writing {file}: free some space; existing files are intact', 1)
         if not error.filename:
             raise
-        fail(f'{error.filename}: {os.strerror(error.errno)}; check the path and its permissions', 2)
+        fail(f'{error.filename}: {error.strerror}; check the path and its permissions', 2)
     except (MemoryError, RuntimeError) as error:
-        reason = f'{type(error).__name__}: {error}'
-        if re.search('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED', reason):
-            fixes = [fix for name, fix in MEMORY_FIXES.items() if name in main.__globals__]
-            fail(f'out of memory: {" or ".join(fixes) or "set a smaller --batch_size"}', 1)
-        if 'DataLoader worker' in reason:
-            fail(f'an image-decoding process died ({error}); if it ran out of memory, lower --workers', 1)
-        raise
+        if not re.search(OUT_OF_MEMORY, repr(error)):
+            raise
+        fail('out of memory: lower --batch_size or --workers; in training, raise --grad_accum_steps or set '
+             '--grad_checkpoint=True', 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# setting → how it saves memory
-MEMORY_FIXES = {'grad_accum_steps': 'raise --grad_accum_steps',
-                'grad_checkpoint': 'set --grad_checkpoint=True'}
-
-
 def fail(message, status):
-    """Closes the progress bars, which would hide the message, prints it and exits."""
-    for bar in list(getattr(tqdm, '_instances', ())):
-        bar.close()
-    print(f'error: {message}', file=sys.stderr, flush=True)
+    """Prints a message above any progress bar, and exits."""
+    tqdm.write(f'error: {message}', file=sys.stderr)
     raise SystemExit(status)
