@@ -322,7 +322,8 @@ def training_loop(run, step, metrics, train, held_out, batch_per_pass):
             per_map = runtime.all_reduce(terms.pop('per_map'), average=True)
             means = runtime.mean_terms(terms)
             log(step=step - 1, **means, per_map=per_map.tolist(), grad_norm=norm.item(),
-                skipped=run.safe_step.check(means), lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
+                skipped=run.safe_step.check(means), lr=run.optimizer.param_groups[0]['lr'],
+                **speed.report(step))
             shown = {name: f'{means[name]:.3f}' for name in ('ce', 'teacher_ce') if name in means}
             bar.set_postfix({'step': step, **shown})
         if step % eval_every == 0 or step == steps:

@@ -156,8 +156,8 @@ def read_weights(path):
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:                                       # zip, pickle and torch all raise their own kinds
-        raise UserError(f'{path} cannot be read (truncated, not a checkpoint, or with code in it, which is never '
-                        'run)') from None
+        raise UserError(f'{path} cannot be read (truncated, not a checkpoint, or with code in it, which is '
+                        'never run)') from None
 
 
 def load_weights(module, state_dict, name):
@@ -186,8 +186,8 @@ def check_resumed(saved, config, fixed, path):
                if old.get(name, value) != value and name not in ('init_from', 'out_dir')]
     for name in changed:
         if name in fixed:
-            raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
-                            f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
+            raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change '
+                            f'to {config[name]!r}: give the old value, or start anew with --init_from=scratch')
     if changed:
         say('resumed with changed settings: '
             + ', '.join(f'{name} {old[name]!r} → {config[name]!r}' for name in changed))

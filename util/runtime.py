@@ -392,8 +392,8 @@ class SafeStep:
     def check(self, terms={}):
         """Waits for the device and returns the number of steps skipped so far.
 
-        Raises FloatingPointError if the last ten steps or more were skipped. terms: the loss terms of the last
-        one, as mean_terms() gives them; those that are not finite are named.
+        Raises FloatingPointError if the last ten steps or more were skipped. terms: the loss terms of the
+        last one, as mean_terms() gives them; those that are not finite are named.
         """
         in_a_row = self.in_a_row.item()
         # float16 scalers start too high on purpose and skip steps on their way down
@@ -401,8 +401,8 @@ class SafeStep:
             bad = [name for name, value in terms.items() if not math.isfinite(value)]
             raise FloatingPointError(
                 f'{in_a_row} steps in a row had a non-finite {" and ".join(bad) or "gradient"}; the last '
-                'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or --grad_clip, '
-                'or with --dtype=float32')
+                'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or '
+                '--grad_clip, or with --dtype=float32')
         return self.skipped.item()
 
 
@@ -413,7 +413,7 @@ class Saving:
     """Decides when to save a run: every so many steps or seconds (0: never), at its end and before it stops.
 
     From then on, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
-    SIGINT stops at once. A signal to any rank stops all. The seconds are those of rank 0.
+    SIGINT stops at once. A signal to any rank stops all.
     """
 
     def __init__(self, every, seconds):
@@ -430,7 +430,7 @@ class Saving:
 
     def due(self, step, steps):
         """Whether to save now, after `step` of `steps` steps. All ranks must ask, and get the same answer."""
-        late = rank() == 0 and 0 < self.seconds <= time.monotonic() - self.saved_at
+        late = 0 < self.seconds <= time.monotonic() - self.saved_at
         self.agreed, late = all_reduce_max(torch.tensor([self.received, late])).tolist()
         due = late or self.agreed or step % self.every == 0 or step == steps
         if due:
@@ -476,7 +476,7 @@ def progress(total, initial=0, label='', images_per_step=1):
 
     Without a terminal it becomes a line every 30 seconds and at each set_postfix(), for a log file.
     """
-    options = {'dynamic_ncols': True}
+    options = {}
     if not sys.stderr.isatty():
         line = '{desc} {percentage:.1f} %, {n_fmt}/{total_fmt} images, {remaining} left, {rate_fmt}{postfix}'
         options = dict(file=LogLines(), bar_format=line, leave=False, mininterval=30, maxinterval=30)
@@ -554,8 +554,8 @@ def run(main):
         fail('interrupted', 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            file = error.filename or 'a file'
-            fail(f'disk full while writing {file}: free some space; existing files are intact', 1)
+            fail(f'disk full while writing {error.filename or "a file"}: free some space; existing files are '
+                 'intact', 1)
         if not error.filename:
             raise
         fail(f'{error.filename}: {error.strerror}; check the path and its permissions', 2)
