@@ -187,7 +187,8 @@ def check_resumed(saved, config, fixed, path):
     for name in changed:
         if name in fixed:
             raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change '
-                            f'to {config[name]!r}: give the old value, or start anew with --init_from=scratch')
+                            f'to {config[name]!r}: give the old value, or start anew with '
+                            '--init_from=scratch')
     if changed:
         say('resumed with changed settings: '
             + ', '.join(f'{name} {old[name]!r} → {config[name]!r}' for name in changed))
