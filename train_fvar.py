@@ -22,7 +22,7 @@ from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime
 from util.checkpoint import (
-    check_resumed, digest, load_checkpoint, load_training_state, load_weights, locked, read_log, read_weights,
+    check_resumed, digest, load_checkpoint, load_optimizer, load_weights, locked, read_log, read_weights,
     resumes, save_checkpoint, train, training_state)
 from util.pictures import add_row, plot_losses
 
@@ -167,7 +167,7 @@ def train_step(run, step, batch):
         run.scaler.scale(found['total'] / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
     parameters = [network.parameters() for network in run.network.children()]
-    norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup), terms)
+    norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
     return terms, norm
 
 
@@ -238,7 +238,7 @@ def validate(run, step, dataset, held_out, size):
 
 def resume(run, state_file, dataset):
     """Restores a stopped run; returns (step, metrics) of its checkpoint. dataset: what it goes on with."""
-    saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
+    saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py')
     check_resumed(saved, config, FIXED, state_file)
     if saved['tokenizer'] != dataset.meta['tokenizer']:
         raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '
@@ -246,7 +246,8 @@ def resume(run, state_file, dataset):
     if saved['classes'] != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
-    load_training_state(run.network, run.optimizer, saved['network'], saved['optimizer'], state_file)
+    load_weights(run.network, saved['network'], state_file)
+    load_optimizer(run.optimizer, saved['optimizer'])
     run.safe_step.load_state_dict(saved['safe_step'])
     return saved['step'], saved['metrics']
 

@@ -213,7 +213,7 @@ def train_step(run, step, images):
         passes.append(out)
     runtime.average_gradients(run.tokenizers)
     parameters = [tokenizer.parameters() for tokenizer in run.tokenizers.values()]
-    norm, finite = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup), terms)
+    norm, finite = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
     if lambda_gan and step >= gan_start:
         terms['discriminator'] = discriminator_step(run, passes, finite)
     update_codebooks(run, passes, finite, step)
@@ -329,7 +329,7 @@ def save(run, step, metrics, classes):
 
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
-    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
+    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py')
     check_resumed(saved, config, FIXED, state_file)
     load_weights(run.networks, saved['networks'], state_file)
     for optimizer, state in zip((run.optimizer, run.gan_optimizer), saved['optimizers']):

@@ -2,6 +2,7 @@
 the same on every machine."""
 import os
 import runpy
+import signal
 import sys
 
 import numpy as np
@@ -25,6 +26,16 @@ def flops_are_not_counted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, 'count_flops', lambda function: 1)
         yield
+
+
+@pytest.fixture(autouse=True)
+def signals_interrupt_the_tests():
+    """A training run leaves its handlers behind; Ctrl-C must end the tests nevertheless."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

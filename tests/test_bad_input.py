@@ -411,7 +411,7 @@ BAD = {
         'sample',
         '',
         with_code,
-        'student.pt cannot be read (it holds code, which is never run: ',
+        'student.pt cannot be read (truncated, not a checkpoint, or with code in it, which is never run)',
     ),
     'half a checkpoint': (
         'sample',
@@ -604,25 +604,17 @@ def test_a_full_disk_is_one_line_and_status_1(copies, monkeypatch, case):
     assert contents(copies.out) == before
 
 
-TRAINING_FIXES = 'out of memory: raise --grad_accum_steps or set --grad_checkpoint=True'
-
-
 @pytest.mark.parametrize(
-    'script, error, message',
+    'script, error',
     [
-        ('train_tokenizer', torch.OutOfMemoryError('tried'), TRAINING_FIXES),
-        ('train_fvar', torch.OutOfMemoryError('tried'), TRAINING_FIXES),
-        (
-            'train_fvar',
-            RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried'),
-            TRAINING_FIXES,
-        ),
-        ('sample', torch.OutOfMemoryError('tried'), 'out of memory: set a smaller --batch_size'),
-        ('encode', MemoryError(), 'out of memory: set a smaller --batch_size'),
+        ('train_tokenizer', torch.OutOfMemoryError('tried')),
+        ('train_fvar', RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried')),
+        ('sample', torch.OutOfMemoryError('tried')),
+        ('encode', MemoryError()),
     ],
     ids=str,
 )
-def test_out_of_memory_says_which_setting_to_lower(copies, monkeypatch, script, error, message):
+def test_out_of_memory_says_which_setting_to_lower(copies, monkeypatch, script, error):
     name = 'linear' if script in ('train_fvar', 'sample') else 'conv2d'
     computes = getattr(torch.nn.functional, name)
     monkeypatch.setattr(
@@ -633,4 +625,4 @@ def test_out_of_memory_says_which_setting_to_lower(copies, monkeypatch, script, 
         )(x, *more, **named),
     )
     status, shown = start(script, copies.out, copies.data, *(['--seed=1'] if script == 'encode' else []))
-    assert status == 1 and shown.splitlines()[-1].startswith(f'error: {message}')
+    assert status == 1 and 'error: out of memory: lower --batch_size' in shown.splitlines()[-1]

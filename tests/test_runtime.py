@@ -115,14 +115,14 @@ def test_what_is_drawn_is_distributed_as_asked_for():
     )
 
 
-def test_all_gradients_are_averaged_in_one_call(monkeypatch):
-    module, seen = nn.ModuleList([nn.Linear(3, 2), nn.Linear(1, 1)]), []
+def test_gradients_are_averaged_where_there_are_any(monkeypatch):
+    module = nn.ModuleList([nn.Linear(3, 2), nn.Linear(1, 1)])
     module[0].weight.grad, module[0].bias.grad = torch.arange(6.0).view(2, 3), torch.tensor([6.0, 7.0])
     monkeypatch.setattr(runtime.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda flat: (seen.append(flat.tolist()), flat.mul_(4)))
+    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda gradient: gradient.mul_(4))
     monkeypatch.setenv('WORLD_SIZE', '2')
     runtime.average_gradients(module)
-    assert seen == [list(range(8))] and module[1].weight.grad is None
+    assert module[1].weight.grad is None
     assert [p.grad.tolist() for p in module[0].parameters()] == [[[0, 2, 4], [6, 8, 10]], [12, 14]]
 
 
@@ -267,7 +267,7 @@ def test_muon_trains_its_matrices_and_adamw_the_rest_at_one_rate():
     matrix = network[0].weight
     optimizer = MuonWithAdamW([matrix], network, 0.1, (0.9, 0.95), 0.0)
     others = {p for group in optimizer.adamw.param_groups for p in group['params']}
-    assert others == set(network.parameters()) - {matrix} and list(optimizer.muon.state) == []
+    assert others == set(network.parameters()) - {matrix} and not any(optimizer.state.values())
     safe_step = SafeStep(optimizer, precision('float32', CPU)[1], grad_clip=1.0)
     before = [p.clone() for p in network.parameters()]
     network(torch.ones(3, 6)).square().sum().backward()
@@ -307,7 +307,7 @@ def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
     files.load_optimizer(optimizer, saved_state := optimizer.state_dict())
     assert {group['lr'] for group in optimizer.param_groups} == {0.1}
     assert torch.equal(momentum, optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'])
-    assert momentum.data_ptr() != saved_state['muon']['state'][0]['momentum_buffer'].data_ptr()
+    assert momentum.data_ptr() != saved_state['state'][0]['momentum_buffer'].data_ptr()
 
 
 def descent(grad_clip=1.0, scaler=None):
@@ -317,12 +317,10 @@ def descent(grad_clip=1.0, scaler=None):
         torch.optim.SGD([parameter], lr=123.0, fused=True), scaler or precision('float32', CPU)[1], grad_clip
     )
 
-    def step(*gradient, lr=1.0, **terms):
+    def step(*gradient, lr=1.0):
         """The norm; the second result must say no more than it does."""
         parameter.grad = torch.tensor(gradient)
-        norm, finite = safe_step(
-            [[parameter]], lr, {name: torch.tensor(value) for name, value in terms.items()}
-        )
+        norm, finite = safe_step([[parameter]], lr)
         assert finite.dtype == torch.bool and finite == math.isfinite(norm)
         return norm.item()
     return parameter, step, safe_step
@@ -432,37 +430,27 @@ def test_a_float16_scaler_may_skip_its_way_down_to_one():
     assert parameter.tolist() == [0, 0]
 
 
-def test_the_term_that_went_first_is_named():
-    _, step, safe_step = descent()
-    step(1.0, 0.0, ce=2.0, kl=0.1)
-    step(math.nan, 0.0, ce=2.0, kl=math.inf, per_map=[1.0, math.nan])
-    for _ in range(9):
-        step(math.nan, 0.0, ce=math.nan, kl=math.nan)
-    with pytest.raises(
-        FloatingPointError, match='non-finite loss or gradient, first in kl, per_map; .* checkpoint is intact'
-    ) as error:
-        safe_step.check()
-    assert one_line(error)
-
-
-def test_a_gradient_may_go_first():
+@pytest.mark.parametrize('terms, named', [
+    ({'ce': 2.0, 'kl': math.inf, 'total': math.nan}, 'kl and total'), ({'ce': 2.0}, 'gradient')], ids=str)
+def test_the_terms_that_are_not_finite_are_named(terms, named):
     _, step, safe_step = descent()
     for _ in range(10):
-        step(math.nan, 0.0, ce=2.0)
-    with pytest.raises(FloatingPointError, match='non-finite loss or gradient, first in a gradient;'):
-        safe_step.check()
+        step(math.nan, 0.0)
+    with pytest.raises(FloatingPointError, match=f'a non-finite {named}; the last checkpoint is intact') as error:
+        safe_step.check(terms)
+    assert one_line(error)
 
 
 def test_a_resumed_run_goes_on_counting():
     _, step, one = descent()
     for norm in (1.0, 2.0, math.nan, 4.0, math.inf):
-        step(norm, 0.0, ce=norm)
+        step(norm, 0.0)
     _, again, other = descent()
     other.load_state_dict(torch.load(io.BytesIO(saved_bytes(one.state_dict())), weights_only=True))
     assert other.state_dict() == one.state_dict() and counted(other) == (2, 1)
     for _ in range(9):
-        again(math.nan, 0.0, ce=1.0)
-    with pytest.raises(FloatingPointError, match='^10 steps .* first in ce; '):
+        again(math.nan, 0.0)
+    with pytest.raises(FloatingPointError, match='^10 steps in a row'):
         other.check()
 
 
@@ -477,11 +465,8 @@ def saved_bytes(value):
 
 @pytest.fixture
 def saving():
-    """Makes a Saving that ends with the test."""
-    made = []
-    yield lambda every=5, seconds=0.0: made.append(runtime.Saving(every, seconds)) or made[-1]
-    for one in reversed(made):
-        one.end()
+    """Makes a Saving."""
+    return lambda every=5, seconds=0.0: runtime.Saving(every, seconds)
 
 
 def test_a_run_is_saved_every_so_many_steps_and_at_its_end(saving):
@@ -499,9 +484,8 @@ def test_a_run_is_saved_every_so_many_seconds(saving, monkeypatch):
     assert due == [3, 6, 9]  # the seconds count from the last save, whatever it was for
 
 
-def test_the_seconds_are_those_of_rank_0(saving, monkeypatch):
-    monkeypatch.setenv('RANK', '1')
-    one = saving(every=100, seconds=1e-9)
+def test_all_ranks_save_when_the_seconds_are_over_on_one(saving, monkeypatch):
+    one = saving(every=100)
     assert not one.due(1, 100)
     monkeypatch.setattr(runtime, 'all_reduce_max', lambda tensor: torch.tensor([0, 1]))
     assert one.due(2, 100)
@@ -509,18 +493,15 @@ def test_the_seconds_are_those_of_rank_0(saving, monkeypatch):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, capsys):
-    before = signal.getsignal(number)
     one = saving(every=100)
     assert not one.due(1, 100)
     os.kill(os.getpid(), number)
     assert one.due(2, 100)
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: one.stop_if_asked(2))
-    assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert (
-        capsys.readouterr().err
-        == f'error: stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
-    )
+    assert stop.value.code == 128 + number
+    shown = f'stopped by {number.name} after step 2 and saved; continue with --init_from=resume\n'
+    assert capsys.readouterr() == (shown, '')
 
 
 def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
@@ -532,7 +513,7 @@ def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
     assert one.due(7, 100)
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: one.stop_if_asked(7))
-    assert stop.value.code == 143 and capsys.readouterr().err == ''     # rank 0 says it
+    assert stop.value.code == 143 and capsys.readouterr() == ('', '')   # rank 0 says it
 
 
 def test_a_second_interrupt_does_not_wait(saving):
@@ -599,16 +580,9 @@ def test_a_failure_while_writing_leaves_what_was_there_and_nothing_else(tmp_path
     assert all((tmp_path / name).read_text() == 'old' for name in existing)
 
 
-@pytest.fixture
-def quick_locks(monkeypatch):
-    monkeypatch.setattr(files, 'BEAT', 0.05)
-    monkeypatch.setattr(files, 'PATIENCE', 1.5)
-
-
 HOLDER = """
 import sys, time
 from util import checkpoint
-checkpoint.BEAT = 0.05
 with checkpoint.locked(sys.argv[1]):
     print('locked', flush=True)
     time.sleep(60)
@@ -626,10 +600,10 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder, quick_locks):
+def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder):
     lock = tmp_path / 'a.lock'
     before = lock.read_text()
-    with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on .*, since 20') as error:
+    with pytest.raises(UserError, match=f'a.lock is held by process {holder.pid} on {platform.node()}:') as error:
         with locked(lock):
             pass
     assert one_line(error) and lock.read_text() == before
@@ -640,18 +614,16 @@ def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder):
     holder.wait()
     began = time.monotonic()
     with locked(tmp_path / 'a.lock'):
-        assert json.loads((tmp_path / 'a.lock').read_text())['pid'] == os.getpid()
+        assert (tmp_path / 'a.lock').read_text() == f'process {os.getpid()} on {platform.node()}'
     assert not list(tmp_path.iterdir()) and time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize('content', [
-    '{"host": "another", "pid": 1, "since": "yesterday"}', '', '{"ho',
-    json.dumps({'host': platform.node(), 'pid': os.getppid(), 'since': 'another process has its number'})])
-def test_a_lock_that_nobody_touches_is_taken_over_after_a_while(tmp_path, quick_locks, content):
-    (tmp_path / 'a.lock').write_text(content)
-    began = time.monotonic()
+@pytest.mark.parametrize('error', [OSError(errno.ENOLCK, 'No locks available'), ImportError('no fcntl')], ids=repr)
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch, error):
+    import fcntl
+    monkeypatch.setattr(fcntl, 'lockf', fails(error))
     with locked(tmp_path / 'a.lock'):
-        assert time.monotonic() - began > 1.4
+        pass
     assert not list(tmp_path.iterdir())
 
 
@@ -722,7 +694,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(chec
     os.truncate(checkpoint, int(share * checkpoint.stat().st_size))
     assert load_checkpoint(checkpoint, 'toy')['step'] == 1
     assert (
-        capsys.readouterr().err
+        capsys.readouterr().out
         == f'warning: {checkpoint} is missing or damaged; falling back to {checkpoint}.previous\n'
     )
 
@@ -732,18 +704,18 @@ def test_one_wrong_bit_falls_back_to_the_one_before(checkpoint, capsys):
     content[content.index(struct.pack('<f', 2.0))] ^= 1
     checkpoint.write_bytes(content)
     assert load_checkpoint(checkpoint, 'toy')['step'] == 1
-    assert 'damaged; falling back' in capsys.readouterr().err
+    assert 'damaged; falling back' in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_is_gone_falls_back_to_the_one_before_with_a_warning(checkpoint, capsys):
     checkpoint.unlink()
     assert load_checkpoint(checkpoint, 'toy')['step'] == 1
-    assert str(checkpoint) in (warning := capsys.readouterr().err) and warning.startswith('warning: ')
+    assert str(checkpoint) in (warning := capsys.readouterr().out) and warning.startswith('warning: ')
 
 
 def test_a_whole_checkpoint_gives_no_warning(checkpoint, capsys):
     load_checkpoint(checkpoint, 'toy')
-    assert capsys.readouterr().err == ''
+    assert capsys.readouterr().out == ''
 
 
 def test_two_damaged_checkpoints_are_an_error(checkpoint, capsys):
@@ -757,8 +729,6 @@ def test_two_damaged_checkpoints_are_an_error(checkpoint, capsys):
 def test_a_missing_checkpoint_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match='toy.pt: no such checkpoint; run train_toy.py first'):
         load_checkpoint(tmp_path / 'toy.pt', 'toy', made_by='train_toy.py')
-    with pytest.raises(UserError, match='no such checkpoint$'):
-        load_checkpoint(tmp_path / 'toy.pt', 'toy')
 
 
 @pytest.mark.parametrize(
@@ -789,7 +759,7 @@ class Trap:
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({'kind': 'toy', 'weights': Trap(tmp_path / 'sprung')}, tmp_path / 'a.pt')
-    with pytest.raises(UserError, match='a.pt cannot be read .it holds code, which is never run') as error:
+    with pytest.raises(UserError, match='a.pt cannot be read .*code in it, which is never run') as error:
         load_checkpoint(tmp_path / 'a.pt', 'toy')
     assert one_line(error) and not (tmp_path / 'sprung').exists()
     torch.load(tmp_path / 'a.pt', weights_only=False)       # it would have been
@@ -799,9 +769,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     'content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03']
 )
-def test_a_file_that_is_no_checkpoint_is_not_accused_of_holding_code(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
     (tmp_path / 'a.pt').write_bytes(content)
-    with pytest.raises(UserError, match='a.pt cannot be read .truncated or not a checkpoint') as error:
+    with pytest.raises(UserError, match='a.pt cannot be read .truncated, not a checkpoint') as error:
         read_weights(tmp_path / 'a.pt')
     assert one_line(error)
 
@@ -852,19 +822,6 @@ def test_a_resumed_run_must_keep_its_shapes():
     with pytest.raises(UserError, match='a.pt was made with depth=4, which .* cannot change to 6') as error:
         check_resumed({'config': OLD_RUN, 'step': 50}, OLD_RUN | {'depth': 6}, ['sizes', 'depth'], 'a.pt')
     assert one_line(error) and '--init_from=scratch' in str(error.value)
-
-
-@pytest.mark.parametrize('step, changes, said', [
-    (100, {'steps': 200}, 'the learning rate goes up from 0.01 to 0.057, and then down again until step 200'),
-    (50, {'lr': 0.2}, 'goes up from 0.06 to 0.12,'),
-    (50, {'lr': 0.01}, ''),
-    (50, {'steps': 60}, ''),
-    (2, {'steps': 200}, ''),                                # during the warm-up it rises anyway
-])
-def test_a_learning_rate_that_goes_up_again_is_said(capsys, step, changes, said):
-    check_resumed({'config': OLD_RUN, 'step': step}, OLD_RUN | changes, [], 'a.pt')
-    shown = capsys.readouterr().out
-    assert said in shown and ('learning rate' in shown) == bool(said)
 
 
 def test_digest_follows_weights_and_names_and_nothing_else(tmp_path):
@@ -928,9 +885,9 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert (tmp_path / 'a.jsonl').read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path):
+def test_lines_that_are_no_json_are_left_out(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(
-        b'{"step": 0}\n\x00\x00\xff\n5\n{"loss": 1}\n{"step": null}\n{"step": 1}\n'
+        b'{"step": 0}\n\x00\x00\xff\n{"step": 1}\n'
     )
     assert read_log(tmp_path / 'a.jsonl') == [{'step': 0}, {'step': 1}]
 
@@ -1023,7 +980,7 @@ def test_on_a_terminal_a_bar_is_a_bar(capsys, monkeypatch):
 # the outermost frame
 
 def fails(error):
-    def main():
+    def main(*arguments):
         raise error
     return main
 
@@ -1036,19 +993,19 @@ def fails(error):
         (
             torch.OutOfMemoryError('CUDA out of memory. Tried\nto allocate'),
             1,
-            'out of memory: set a smaller --batch_size',
+            'out of memory: lower --batch_size',
         ),
-        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: set a smaller --batch_size'),
+        (RuntimeError('CUDA error: out of memory\nCompile with'), 1, 'out of memory: lower --batch_size'),
         (
             RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9'),
             1,
-            'out of memory: set a smaller --batch_size',
+            'out of memory: lower --batch_size',
         ),
-        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: set a smaller --batch_size'),
+        (MemoryError('Unable to allocate 9 TiB'), 1, 'out of memory: lower --batch_size'),
         (
             RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
             1,
-            'an image-decoding process died (DataLoader worker',
+            'out of memory: lower --batch_size or --workers',
         ),
         (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
         (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),
@@ -1071,18 +1028,6 @@ def test_what_goes_wrong_is_one_line_and_a_status(capsys, error, status, message
     shown = capsys.readouterr()
     assert stop.value.code == status and shown.out == ''
     assert shown.err.startswith(f'error: {message}') and shown.err.count('\n') == 1
-
-
-def test_out_of_memory_names_the_settings_to_change(capsys):
-    for settings, message in (
-            ({'batch_size': 8, 'num_samples': 0}, 'set a smaller --batch_size\n'),
-            ({'grad_accum_steps': 1, 'grad_checkpoint': False, 'batch_size': 8},
-             'raise --grad_accum_steps or set --grad_checkpoint=True\n')):
-        scope = settings | {'torch': torch}
-        exec("def main():\n raise torch.OutOfMemoryError('tried')", scope)
-        with pytest.raises(SystemExit):
-            runtime.run(scope['main'])
-        assert capsys.readouterr().err == f'error: out of memory: {message}'
 
 
 @pytest.mark.parametrize(

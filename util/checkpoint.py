@@ -3,20 +3,15 @@ import hashlib
 import json
 import os
 import platform
-import re
-import sys
-import threading
-import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from configurator import UserError
-from util.runtime import (
-    Saving, Speed, barrier, from_rank_0, is_sharded, learning_rate, mean_terms, peak_flops, progress, rank,
-    say)
+from util.runtime import Saving, Speed, barrier, from_rank_0, mean_terms, peak_flops, progress, rank, say
 
 
 @contextmanager
@@ -34,8 +29,8 @@ def atomic_write(path, mode='wb', keep_previous=False):
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
+            path.replace(previous(path))
+        temporary.replace(path)
     except RuntimeError as error:                           # torch.save hides the OSError of a full disk
         raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
@@ -56,83 +51,39 @@ def read_json(path):
 # -----------------------------------------------------------------------------
 # locks
 
-BEAT, PATIENCE = 3, 60          # seconds between a holder's signs of life, and until silence means death
-
-
 @contextmanager
 def locked(path):
-    """Keeps other runs out of the same files: while active, rank 0 holds a lock file. UserError if
-    another one does.
+    """Keeps other runs out of the same files: while active, rank 0 holds a lock file. UserError if another
+    run does.
 
-    A lock is taken over if its process is gone or, where that cannot be seen, if nobody touches it for a
-    minute. The operating system's own locks are not used: network file systems often lack them.
+    The operating system frees the lock of a process that ends, however it does. Windows and some network file
+    systems have no such locks; there nothing is checked.
     """
-    path, ended = Path(path), threading.Event()
-
-    def keep_alive():
-        while not ended.wait(BEAT):
-            with suppress(OSError):
-                os.utime(path)
-
-    problem = from_rank_0(take_lock(path) if rank() == 0 else None)
-    if problem:
-        raise UserError(problem)
-    if rank() == 0:
-        threading.Thread(target=keep_alive, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if rank() == 0:
-            path.unlink(missing_ok=True)
-
-
-def take_lock(path):
-    """Creates a lock file, or returns a line that says who holds it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    with open(path, 'a+') if rank() == 0 else nullcontext() as file:
+        problem = from_rank_0(file and take_lock(file))
+        if problem:
+            raise UserError(problem)
         try:
-            with open(path, 'x') as file:                   # fails if it exists, also on NFS
-                since = time.strftime('%Y-%m-%d %H:%M:%S')
-                json.dump({'host': platform.node(), 'pid': os.getpid(), 'since': since}, file)
-            return None
-        except FileExistsError:
-            holder = {'host': '?', 'pid': 0, 'since': '?'} | (read_json(path) or {})
-            name = 'process {pid} on {host}, since {since}'.format(**holder)
-            if not is_gone(holder) and shows_life(path, name):
-                return f'{path} is held by {name}: wait until it ends, or stop it'
-            path.unlink(missing_ok=True)
+            yield
+        finally:
+            if file:
+                path.unlink(missing_ok=True)
 
 
-def is_gone(holder):
-    """Whether a lock's holder was a process of this machine that has ended. False if unknown."""
-    if holder['host'] != platform.node() or os.name != 'posix':
-        return False
-    if holder['pid'] == os.getpid():                        # left in a container, where numbers repeat
-        return True
+def take_lock(file):
+    """Locks an open file and writes this process into it, or returns a line that says who holds it."""
     try:
-        os.kill(holder['pid'], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
+        import fcntl                                        # Windows has none
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        print(f'process {os.getpid()} on {platform.node()}', end='', file=file, flush=True)
+    except BlockingIOError:
+        file.seek(0)
+        return f'{file.name} is held by {file.read() or "another run"}: wait until it ends, or stop it'
+    except (ImportError, OSError):
         pass
-    return False
-
-
-def shows_life(path, name):
-    """Waits for a lock file to be touched, at most PATIENCE seconds."""
-    def touched():
-        with open(path) as file:                            # opening it renews what NFS knows of it
-            return os.fstat(file.fileno()).st_mtime_ns
-
-    say(f'{path} is from {name}: waiting up to {PATIENCE} s for a sign of life')
-    with suppress(FileNotFoundError):
-        before, began = touched(), time.monotonic()
-        while time.monotonic() - began < PATIENCE:
-            time.sleep(BEAT / 10)
-            if touched() != before:
-                return True
-    return False
 
 
 # -----------------------------------------------------------------------------
@@ -167,22 +118,21 @@ def blame(path):
         raise UserError(f'{path} has no {error}: it was written by another version of this code') from None
 
 
-def load_checkpoint(path, kind, made_by='', shared=False):
+def load_checkpoint(path, kind, made_by='the script that writes it'):
     """Reads a file of save_checkpoint() to the CPU; checkpoint['kind'] must equal kind.
 
     If the newest file is damaged or missing, falls back to PATH.previous with a warning. Raises UserError if
-    there is none (made_by: the script that writes it), if it cannot be read, or if it is of another kind.
-    shared: see read_weights().
+    there is none, if it cannot be read, or if it is of another kind.
     """
-    problem = f'{path}: no such checkpoint' + (f'; run {made_by} first' if made_by else '')
+    problem = f'{path}: no such checkpoint; run {made_by} first'
     for file in candidates(path):
         try:
-            checkpoint = read_weights(file, shared)
+            checkpoint = read_weights(file)
         except UserError as error:
             problem = error
             continue
         if file != Path(path):
-            print(f'warning: {path} is missing or damaged; falling back to {file}', file=sys.stderr)
+            say(f'warning: {path} is missing or damaged; falling back to {file}')
         found = checkpoint.get('kind') if isinstance(checkpoint, dict) else None
         if found != kind:
             raise UserError(f'{file} holds {found or "something else"}, not {kind}')
@@ -190,11 +140,11 @@ def load_checkpoint(path, kind, made_by='', shared=False):
     raise UserError(problem)
 
 
-def read_weights(path, shared=False):
+def read_weights(path):
     """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file,
     FileNotFoundError and PermissionError as they are.
 
-    shared: maps the file into memory, so that the ranks of a machine share one copy, which is read-only.
+    The file is mapped into memory, if it can be: the ranks of a machine share one copy.
     """
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -202,22 +152,25 @@ def read_weights(path, shared=False):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and shared)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:                              # zip, pickle and torch all raise their own kinds
-        code = re.search(r'GLOBAL (\S+)', str(error), re.IGNORECASE)
-        reason = f'it holds code, which is never run: {code[1]}' if code else 'truncated or not a checkpoint'
-        raise UserError(f'{path} cannot be read ({reason})') from None
+    except Exception:                                       # zip, pickle and torch all raise their own kinds
+        raise UserError(f'{path} cannot be read (truncated, not a checkpoint, or with code in it, which is '
+                        'never run)') from None
 
 
 def load_weights(module, state_dict, name):
-    """load_state_dict() that raises a one-line UserError for weights that do not fit or are not finite."""
+    """load_state_dict() that raises a one-line UserError for weights that do not fit or are not finite.
+
+    The weights are whole, even if the module is sharded.
+    """
     for key, weight in state_dict.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if not weight.isfinite().all():
             raise UserError(f'{name} has non-finite numbers in {key}: use an older checkpoint')
+    now = module.state_dict()
     try:
-        module.load_state_dict(state_dict)
+        module.load_state_dict({key: sharded_like(now.get(key), w) for key, w in state_dict.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
         raise UserError(f'{name} does not fit this model: {reason}; is it of another config?') from None
@@ -228,19 +181,17 @@ def check_resumed(saved, config, fixed, path):
 
     saved: the checkpoint. config: this run's settings.
     """
-    old, step = saved['config'], saved['step']
-    changed = {name: f'{name} {old[name]!r} → {config[name]!r}' for name in config
-               if name in old and old[name] != config[name] and name not in ('init_from', 'out_dir')}
-    for name in filter(changed.get, fixed):
-        raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change to '
-                        f'{config[name]!r}: give the old value, or start anew with --init_from=scratch')
+    old = saved['config']
+    changed = [name for name, value in config.items()
+               if old.get(name, value) != value and name not in ('init_from', 'out_dir')]
+    for name in changed:
+        if name in fixed:
+            raise UserError(f'{path} was made with {name}={old[name]!r}, which a resumed run cannot change '
+                            f'to {config[name]!r}: give the old value, or start anew with '
+                            '--init_from=scratch')
     if changed:
-        say('resumed with changed settings: ' + ', '.join(changed.values()))
-    before, after = (learning_rate(at, of['steps'], of['lr'], of['warmup'])
-                     for at, of in ((step - 1, old), (step, config)))
-    if after > 1.01 * before and step > config['warmup']:
-        say(f'the learning rate goes up from {before:.2g} to {after:.2g}, and then down again until step '
-            f'{config["steps"]}')
+        say('resumed with changed settings: '
+            + ', '.join(f'{name} {old[name]!r} → {config[name]!r}' for name in changed))
 
 
 def digest(state_dict):
@@ -248,51 +199,39 @@ def digest(state_dict):
     sha = hashlib.sha256()
     for name, weight in sorted(state_dict.items()):
         sha.update(name.encode())
-        sha.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(weight.numpy(force=True).tobytes())
     return sha.hexdigest()[:16]
 
 
 def training_state(module, optimizer):
-    """(module's state dict, optimizer's state dict), complete on every rank. All ranks must call this."""
-    if not is_sharded(module):
-        return module.state_dict(), optimizer.state_dict()
-    from torch.distributed.checkpoint import state_dict as sharded
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_state_dict(module, optimizer, options=options)
+    """(module's state dict, optimizer's state dict), whole on rank 0. All ranks must call this.
+
+    Other ranks get None for what a sharded module has split.
+    """
+    def whole(value):
+        if not hasattr(value, 'full_tensor'):
+            return value
+        value = value.full_tensor()
+        return value.cpu() if rank() == 0 else None
+
+    return tree_map(whole, (module.state_dict(), optimizer.state_dict()))
 
 
-def load_training_state(module, optimizer, weights, optimizer_state, name):
-    """Restores the result of training_state(). Either module may be sharded, or both."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    if 'state' in optimizer_state:                          # not Muon's, which is never sharded
-        order = [names[p] for group in optimizer.param_groups for p in group['params']]
-        keys = order if is_sharded(module) else range(len(order))           # by name, or by number
-        key_of = dict(zip(order, keys)) | dict(enumerate(keys))
-        optimizer_state = {'state': {key_of[key]: s for key, s in optimizer_state['state'].items()}}
-    if not is_sharded(module):
-        load_weights(module, weights, name)
-        load_optimizer(optimizer, optimizer_state)
-        return
-    from torch.distributed.checkpoint import state_dict as sharded
-    groups = [group | {'params': [names[p] for p in group['params']]} for group in optimizer.param_groups]
-    sharded.set_state_dict(module, optimizer, model_state_dict=weights,
-                           optim_state_dict=optimizer_state | {'param_groups': groups},
-                           options=sharded.StateDictOptions(full_state_dict=True))
+def sharded_like(parameter, tensor):
+    """A whole tensor, split over the ranks if the parameter is."""
+    if not hasattr(parameter, 'full_tensor') or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def load_optimizer(optimizer, saved):
-    """Restores an optimizer's averages. Learning rate, betas and weight decay stay those of this run.
-
-    Tensors are copied: on a CPU, load_state_dict() would keep those of `saved`.
-    """
-    def restored(now, saved):
-        if 'state' in now:
-            return now | {'state': saved['state']}
-        return {part: restored(now[part], saved[part]) for part in now}     # MuonWithAdamW
-
-    optimizer.load_state_dict(restored(optimizer.state_dict(), saved))
-    for state in optimizer.state.values():
-        state.update({name: value.clone() for name, value in state.items()})
+    """Restores the averages of a state dict. Learning rate, betas and weight decay stay those of this run."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    for number, values in saved['state'].items():
+        p = parameters[number]
+        optimizer.state[p].update({name: sharded_like(p, value).to(p.device, copy=True)
+                                   for name, value in values.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -306,39 +245,34 @@ class Log:
     """
 
     def __init__(self, path, first_step=0, to='', config={}):
-        path = Path(path)
-        self.file, self.path = None, path
-        if rank() != 0:
-            return
-        self.show = open_writer(to, path, first_step, config)
-        kept = [record for record in read_log(path) if record['step'] < first_step]
-        with atomic_write(path, 'w') as file:
-            file.writelines(json.dumps(record) + '\n' for record in kept)
-        self.file = open(path, 'a', encoding='utf-8')
+        self.path = Path(path)
+        if rank() == 0:
+            self.show = open_writer(to, self.path, first_step, config)
+            kept = [record for record in read_log(path) if record['step'] < first_step]
+            with atomic_write(path, 'w') as file:
+                file.writelines(json.dumps(record) + '\n' for record in kept)
 
     def __call__(self, **record):
-        if self.file:
+        if rank() == 0:
             finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
-            self.file.write(json.dumps(finite) + '\n')
-            self.file.flush()
-            self.show(record['step'], flat(record))
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(finite) + '\n')
+            self.show(record.pop('step'), flat(record))
 
 
 def flat(record):
-    """{name: number} of a record without its step. Item i of a list becomes name/i."""
+    """{name: number} of a record. Item i of a list becomes name/i."""
     numbers = {}
     for name, value in record.items():
         if isinstance(value, list):
             numbers |= {f'{name}/{i}': item for i, item in enumerate(value)}
-        elif name != 'step':
+        else:
             numbers[name] = value
     return numbers
 
 
 def open_writer(to, path, first_step, config):
     """A function (step, {name: number}) that writes to TensorBoard (tensorboard/ next to the log) or W&B."""
-    if to not in ('', 'tensorboard', 'wandb'):
-        raise UserError(f'--log_to={to}: choose tensorboard or wandb, or leave it out')
     try:
         if to == 'tensorboard':
             from torch.utils.tensorboard import SummaryWriter
@@ -351,18 +285,18 @@ def open_writer(to, path, first_step, config):
             return lambda step, numbers: run.log(numbers | {'step': step})
     except ImportError:
         raise UserError(f'--log_to={to} needs a package that is not installed: pip install {to}') from None
+    if to:
+        raise UserError(f'--log_to={to}: choose tensorboard or wandb, or leave it out')
     return lambda step, numbers: None
 
 
 def read_log(path):
     """The records of a log, without lines that a crash damaged."""
     records, path = [], Path(path)
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            int(record['step'])
-            records.append(record)
+    if path.is_file():
+        for line in path.read_text(errors='replace').splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
     return records
 
 
@@ -389,7 +323,7 @@ def train(run, config, name, step, metrics, flops, train_step, validate, save, v
         bar.update()
         if step % config['log_every'] == 0 or step == steps:
             means = mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(),
+            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(means),
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             first = next(iter(means))
             bar.set_postfix({'step': step, first: means[first]})
@@ -402,5 +336,4 @@ def train(run, config, name, step, metrics, flops, train_step, validate, save, v
             barrier()
             saving.stop_if_asked(step)
             speed.start(step)
-    saving.end()
     bar.close()

@@ -10,10 +10,10 @@ import re
 import signal
 import sys
 import time
+import timeit
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -104,13 +104,10 @@ def broadcast_weights(module):
 
 
 def average_gradients(module):
-    """Averages .grad over the ranks in one call. DDP cannot: the losses have several backward passes."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), average=True)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    """Averages .grad over the ranks. DDP cannot: the losses have several backward passes."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            all_reduce(parameter.grad, average=True)
 
 
 def mean_terms(terms):
@@ -158,10 +155,11 @@ def gathered(module):
 
 
 def sync_gradients(module, on):
-    """Whether backward passes average the gradients over the ranks, or only accumulate this rank's."""
+    """Whether backward passes average gradients over the ranks, or only accumulate those of this rank."""
     if is_sharded(module):
         module.set_requires_gradient_sync(on)
-    module.require_backward_grad_sync = on                  # what DDP looks at
+    else:
+        module.require_backward_grad_sync = on              # of DDP; others ignore it
 
 
 # -----------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def start(device='auto', seed=0):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f'--device={device}: {reason}; use --device=auto') from None
-    if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
+    if 'WORLD_SIZE' in os.environ:
         join_ranks('nccl' if device.type == 'cuda' else 'gloo')
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(seed)
@@ -199,13 +197,10 @@ def join_ranks(backend):
     count is only known to agree between the ranks of one machine.
     """
     global cpu_group
-    environment, options = os.environ, {}
-    one_machine = environment.get('LOCAL_WORLD_SIZE') == environment['WORLD_SIZE']
-    if one_machine and environment.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        store = next(dist.rendezvous('env://'))[0]
-        store = dist.PrefixStore(f'start {environment["TORCHELASTIC_RESTART_COUNT"]}', store)
-        options = {'store': store, 'rank': rank(), 'world_size': world_size()}
-    dist.init_process_group(backend, **options)
+    store, number, count = next(dist.rendezvous('env://'))
+    if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 
@@ -214,7 +209,7 @@ def has_fast_bfloat16(device):
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = torch.cpu.get_capabilities()
-    return device.type == 'cpu' and any(supported.get(name, False) for name in ('avx512_bf16', 'amx_bf16'))
+    return device.type == 'cpu' and any(supported.get(name) for name in ('avx512_bf16', 'amx_bf16'))
 
 
 def precision(dtype, device):
@@ -297,19 +292,19 @@ def learning_rate(step, steps, peak, warmup):
 def adamw(module, lr, betas, weight_decay, without=()):
     """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas.
 
-    without: parameters that another optimizer trains.
+    without: a set of parameters that another optimizer trains, or a dictionary of them.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f'betas={betas}: give two numbers, each at least 0 and less than 1')
     kernels = {part.weight for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
-    ours = [p for p in module.parameters() if p.requires_grad and p not in set(without)]
+    ours = [p for p in module.parameters() if p.requires_grad and p not in without]
     groups = [{'params': [p for p in ours if (p in kernels) == decays],
                'weight_decay': weight_decay * decays} for decays in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-class MuonWithAdamW:
-    """torch.optim.Muon for some weights and AdamW for all other parameters, used like one optimizer.
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for some weights and AdamW for all other parameters, as one optimizer.
 
     weights: of linear layers, and of convolutions in channels-last memory, which count as matrices with a row
     per output channel. Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al.
@@ -317,21 +312,14 @@ class MuonWithAdamW:
     """
 
     def __init__(self, weights, module, lr, betas, weight_decay):
-        self.matrices = {}                                  # weight → a 2-D view of its memory
-        for weight in weights:
-            rows = weight.data.movedim(1, -1).view(len(weight), -1)
-            self.matrices[weight] = nn.Parameter(rows)
-        matrices = self.matrices.values()
-        self.muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
-        self.adamw = adamw(module, lr, betas, weight_decay, without=weights)
-
-    @property
-    def param_groups(self):
-        return self.muon.param_groups + self.adamw.param_groups
-
-    @property
-    def state(self):
-        return self.muon.state | self.adamw.state
+        self.matrices = {weight: nn.Parameter(weight.data.movedim(1, -1).view(len(weight), -1))
+                         for weight in weights}             # views of the weights' memory
+        self.muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn='match_rms_adamw')
+        self.adamw = adamw(module, lr, betas, weight_decay, without=self.matrices)
+        super().__init__([{'params': weights}, *self.adamw.param_groups], {'lr': lr})
+        self.adamw.state = self.state                       # one state, in which a weight's is its matrix's
+        for weight, matrix in self.matrices.items():
+            self.muon.state[matrix] = self.state[weight]
 
     def step(self):
         self.adamw.found_inf = self.found_inf
@@ -340,19 +328,9 @@ class MuonWithAdamW:
             for weight, matrix in self.matrices.items():
                 if weight.grad is not None:                 # some learn only after the warm start
                     matrix.grad = weight.grad.movedim(1, -1).flatten(1)
+            self.muon.param_groups[0]['lr'] = self.param_groups[0]['lr']
             self.muon.step()
-
-    def zero_grad(self, set_to_none=True):
-        self.adamw.zero_grad(set_to_none)
-        for parameter in (*self.matrices, *self.matrices.values()):
-            parameter.grad = None
-
-    def state_dict(self):
-        return {'muon': self.muon.state_dict(), 'adamw': self.adamw.state_dict()}
-
-    def load_state_dict(self, state):
-        self.muon.load_state_dict(state['muon'])
-        self.adamw.load_state_dict(state['adamw'])
+            self.muon.zero_grad()
 
 
 def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
@@ -377,26 +355,23 @@ class SafeStep:
         self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
         device = optimizer.param_groups[0]['params'][0].device
         self.skipped, self.in_a_row = torch.zeros(2, dtype=torch.int64, device=device)
-        self.culprits = {}      # loss term → whether it was non-finite in the first step of this streak
 
     def state_dict(self):
         return {'skipped': self.skipped.item(), 'in_a_row': self.in_a_row.item(),
-                'culprits': [name for name, bad in self.culprits.items() if bad],
                 'scaler': self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         self.skipped.fill_(state['skipped'])
         self.in_a_row.fill_(state['in_a_row'])
-        self.culprits = dict.fromkeys(state['culprits'], torch.ones_like(self.skipped, dtype=torch.bool))
         if state['scaler']:                                 # empty unless that run was in float16
             self.scaler.load_state_dict(state['scaler'])
 
-    def __call__(self, networks, lr, terms={}):
+    def __call__(self, networks, lr):
         """Clips, steps, clears the gradients. Returns (gradient norm, whether it is finite), both tensors.
 
         networks: lists of parameters. Each list is clipped separately, so that spikes in one network do not
-        shorten the steps of another. terms: the loss terms by name. A non-finite loss has non-finite
-        gradients, and gradients are averaged over the ranks, so all ranks skip the same steps.
+        shorten the steps of another. A non-finite loss has non-finite gradients, and gradients are averaged
+        over the ranks, so all ranks skip the same steps.
         """
         for group in self.optimizer.param_groups:
             group['lr'] = lr
@@ -409,57 +384,43 @@ class SafeStep:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-        begins = ~finite & (self.in_a_row == 0)
-        for name, value in terms.items():
-            before = self.culprits.get(name, torch.zeros_like(finite))
-            self.culprits[name] = torch.where(begins, ~value.detach().isfinite().all(), before)
         self.skipped += ~finite
         self.in_a_row = (self.in_a_row + 1) * ~finite
         return norm, finite
 
-    def check(self):
-        """Waits for the device and returns the number of steps skipped so far. All ranks must call this.
+    def check(self, terms={}):
+        """Waits for the device and returns the number of steps skipped so far.
 
-        Raises FloatingPointError, naming the loss terms that were non-finite first, if the last ten steps or
-        more were skipped.
+        Raises FloatingPointError if the last ten steps or more were skipped. terms: the loss terms of the
+        last one, as mean_terms() gives them; those that are not finite are named.
         """
         in_a_row = self.in_a_row.item()
         # float16 scalers start too high on purpose and skip steps on their way down
-        if in_a_row >= 10 and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            bad = [name for name, bad in self.culprits.items() if all_reduce(bad.int()).item()]
+        if in_a_row >= 10 and self.scaler.get_scale() <= 1:
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
             raise FloatingPointError(
-                f'{in_a_row} steps in a row had a non-finite loss or gradient, first in '
-                f'{", ".join(bad) or "a gradient"}; the last checkpoint is intact: continue from it with '
-                f'--init_from=auto and a lower --lr or --grad_clip, or with --dtype=float32')
+                f'{in_a_row} steps in a row had a non-finite {" and ".join(bad) or "gradient"}; the last '
+                'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or '
+                '--grad_clip, or with --dtype=float32')
         return self.skipped.item()
 
 
 # -----------------------------------------------------------------------------
 # saving and stopping
 
-class Stopped(Exception):
-    """A signal stopped the run, which was saved first. number: the signal's."""
-
-    def __init__(self, number, step):
-        super().__init__(f'stopped by {signal.Signals(number).name} after step {step} and saved; '
-                         f'continue with --init_from=resume')
-        self.number = number
-
-
 class Saving:
     """Decides when to save a run: every so many steps or seconds (0: never), at its end and before it stops.
 
-    While active, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
-    SIGINT stops at once. A signal to any rank stops all. The seconds are those of rank 0.
+    From then on, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
+    SIGINT stops at once. A signal to any rank stops all.
     """
 
     def __init__(self, every, seconds):
         self.every, self.seconds = every, seconds
         self.received = self.agreed = 0                     # signal numbers: of this rank, of all ranks
         self.saved_at = time.monotonic()
-        self.handlers = {number: signal.signal(number, self.note)
-                         for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
         if number == self.received == signal.SIGINT:
@@ -468,23 +429,19 @@ class Saving:
 
     def due(self, step, steps):
         """Whether to save now, after `step` of `steps` steps. All ranks must ask, and get the same answer."""
-        late = rank() == 0 and 0 < self.seconds <= time.monotonic() - self.saved_at
-        self.agreed, late = all_reduce_max(torch.tensor([self.received, int(late)])).tolist()
-        due = bool(late or self.agreed or step % self.every == 0 or step == steps)
+        late = 0 < self.seconds <= time.monotonic() - self.saved_at
+        self.agreed, late = all_reduce_max(torch.tensor([self.received, late])).tolist()
+        due = late or self.agreed or step % self.every == 0 or step == steps
         if due:
             self.saved_at = time.monotonic()
         return due
 
     def stop_if_asked(self, step):
-        """Call after saving. Raises Stopped if there was a signal."""
+        """Call after saving. After a signal, exits with status 128 + its number, as in a shell."""
         if self.agreed:
-            self.end()
-            raise Stopped(self.agreed, step)
-
-    def end(self):
-        """Restores the signal handlers."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            say(f'stopped by {signal.Signals(self.agreed).name} after step {step} and saved; continue with '
+                '--init_from=resume')
+            raise SystemExit(128 + self.agreed)
 
 
 # -----------------------------------------------------------------------------
@@ -518,11 +475,10 @@ def progress(total, initial=0, label='', images_per_step=1):
 
     Without a terminal it becomes a line every 30 seconds and at each set_postfix(), for a log file.
     """
-    options = {'dynamic_ncols': True}
+    options = {}
     if not sys.stderr.isatty():
         line = '{desc} {percentage:.1f} %, {n_fmt}/{total_fmt} images, {remaining} left, {rate_fmt}{postfix}'
-        options = {'file': LogLines(), 'bar_format': line, 'leave': False}
-        options |= {'mininterval': 30, 'maxinterval': 30}
+        options = dict(file=LogLines(), bar_format=line, leave=False, mininterval=30, maxinterval=30)
     return tqdm(total=total, initial=initial, desc=label, unit='img', unit_scale=images_per_step,
                 disable=rank() != 0, delay=1, **options)
 
@@ -570,65 +526,49 @@ def peak_flops(device, autocast):
 def measured_peak(device, autocast):
     """FLOP/s of a large matrix product, the best of four."""
     n = 8192 if device.type == 'cuda' else 1536
-    matrix, seconds = torch.ones(n, n, device=device), []
-    for _ in range(4):
-        began = time.perf_counter()
-        with autocast():
-            (matrix @ matrix)[0, 0].item()                  # waits for the device
-        seconds.append(time.perf_counter() - began)
+    matrix = torch.ones(n, n, device=device)
+    with autocast():                                        # .item() waits for the device
+        seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)
     return 2 * n ** 3 / min(seconds)
 
 
 # -----------------------------------------------------------------------------
 # errors
 
-def run(main):
-    """Runs a script's main(). Expected errors become one line: status 2 for a user's mistake, otherwise 1.
+OUT_OF_MEMORY = ('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED'
+                 '|DataLoader worker')          # whose death is most often that
 
-    A run that a signal stopped has status 128 + the signal's number, as in a shell.
-    """
+
+def run(main):
+    """Runs a script's main(). Expected errors become one line: status 2 for a user's mistake, otherwise 1."""
     began = time.time()
     try:
         main()
-        say(f'{Path(sys.argv[0]).name}: done in {time.time() - began:.0f} s')
+        say(f'{os.path.basename(sys.argv[0])}: done in {time.time() - began:.0f} s')
     except UserError as error:
         fail(error, 2)
     except FloatingPointError as error:
         fail(error, 1)
-    except Stopped as stop:
-        if rank() == 0:
-            fail(stop, 128 + stop.number)
-        raise SystemExit(128 + stop.number) from None
     except KeyboardInterrupt:
         fail('interrupted', 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            file = error.filename or 'a file'
-            fail(f'disk full while writing {file}: free some space; existing files are intact', 1)
+            fail(f'disk full while writing {error.filename or "a file"}: free some space; existing files are '
+                 'intact', 1)
         if not error.filename:
             raise
-        fail(f'{error.filename}: {os.strerror(error.errno)}; check the path and its permissions', 2)
+        fail(f'{error.filename}: {error.strerror}; check the path and its permissions', 2)
     except (MemoryError, RuntimeError) as error:
-        reason = f'{type(error).__name__}: {error}'
-        if re.search('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED', reason):
-            fixes = [fix for name, fix in MEMORY_FIXES.items() if name in main.__globals__]
-            fail(f'out of memory: {" or ".join(fixes) or "set a smaller --batch_size"}', 1)
-        if 'DataLoader worker' in reason:
-            fail(f'an image-decoding process died ({error}); if it ran out of memory, lower --workers', 1)
-        raise
+        if not re.search(OUT_OF_MEMORY, repr(error)):
+            raise
+        fail('out of memory: lower --batch_size or --workers; in training, raise --grad_accum_steps or set '
+             '--grad_checkpoint=True', 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# setting → how it saves memory
-MEMORY_FIXES = {'grad_accum_steps': 'raise --grad_accum_steps',
-                'grad_checkpoint': 'set --grad_checkpoint=True'}
-
-
 def fail(message, status):
-    """Closes the progress bars, which would hide the message, prints it and exits."""
-    for bar in list(getattr(tqdm, '_instances', ())):
-        bar.close()
-    print(f'error: {message}', file=sys.stderr, flush=True)
+    """Prints a message above any progress bar, and exits."""
+    tqdm.write(f'error: {message}', file=sys.stderr)
     raise SystemExit(status)
