@@ -20,10 +20,10 @@ from data import TokenDataset, endless_keys
 from model import FVAR, Teacher, build_student, held_out_loss, load_student
 from published import load_official_student
 from tokenizer import load_tokenizers
-from util import runtime
+from util import runtime, training
 from util.checkpoint import (
     check_resumed, digest, load_checkpoint, load_optimizer, load_weights, locked, read_log, read_weights,
-    resumes, save_checkpoint, train, training_state)
+    resumes, save_checkpoint, training_state)
 from util.pictures import add_row, plot_losses
 
 # input and output
@@ -134,9 +134,9 @@ def set_up(dev, structure, alias, student):
     if fsdp:
         runtime.shard(run.network, blocks_of(run.network), dev, runtime.dtype_of(run.autocast))
     run.trained = runtime.parallel(run.network)             # averages gradients over the ranks
-    run.optimizer = runtime.build_optimizer(
+    run.optimizer = training.build_optimizer(
         optimizer, muon_weights(run.network), run.network, lr, betas, weight_decay)
-    run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
+    run.safe_step = training.SafeStep(run.optimizer, run.scaler, grad_clip)
     return run
 
 
@@ -167,7 +167,7 @@ def train_step(run, step, batch):
         run.scaler.scale(found['total'] / grad_accum_steps).backward()
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
     parameters = [network.parameters() for network in run.network.children()]
-    norm, _ = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
+    norm, _ = run.safe_step(parameters, training.learning_rate(step, steps, lr, warmup))
     return terms, norm
 
 
@@ -178,7 +178,7 @@ def flops_per_image(run):
         network, lengths = build_network(student, run.alias), student.lengths
         tokens = torch.zeros(1, sum(lengths), dtype=torch.int64)
         inputs = torch.empty(1, sum(lengths[1:]), student.word_embed.in_features)
-        return 3 * runtime.count_flops(
+        return 3 * training.count_flops(
             lambda: network(tokens[:, 0], inputs, tokens, tokens[:, :-lengths[-1]]))
 
 
@@ -282,10 +282,11 @@ def main():
     # training
     keys = endless_keys(len(dataset), batch_size, seed, step)
     with locked(f'{out_dir}/fvar.lock'):
-        train(run, config, 'fvar', step, metrics, flops_per_image(run),
-              train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
-              validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
-              save=lambda step, metrics: save(run, step, metrics, dataset))
+        training.train(
+            run, config, 'fvar', step, metrics, flops_per_image(run),
+            train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
+            validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
+            save=lambda step, metrics: save(run, step, metrics, dataset))
     if runtime.rank() == 0:
         plot_losses(f'{out_dir}/fvar.jsonl', f'{out_dir}/loss.png',
                     ('ce', 'val_ce', 'teacher_ce', 'val_teacher_ce'))

@@ -19,10 +19,10 @@ from configurator import UserError, configure
 from data import batches, evenly_spaced, normalize, open_dataset
 from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
-from util import runtime
+from util import runtime, training
 from util.checkpoint import (
     check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
-    save_checkpoint, train)
+    save_checkpoint)
 from util.metrics import psnr
 from util.pictures import focus_labels, picture_grid, save_png
 
@@ -154,9 +154,9 @@ def set_up(dev):
         run.lpips = load_lpips(dev)
     matrices = [part.weight for part in run.tokenizers.modules()                # all but those of pixels
                 if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
-    run.optimizer = runtime.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
-    run.gan_optimizer = runtime.adamw(run.discriminator, lr, betas, weight_decay)
-    run.safe_step = runtime.SafeStep(run.optimizer, run.scaler, grad_clip)
+    run.optimizer = training.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
+    run.gan_optimizer = training.adamw(run.discriminator, lr, betas, weight_decay)
+    run.safe_step = training.SafeStep(run.optimizer, run.scaler, grad_clip)
     if compile:
         compile_convolutions(run.structure)
     return run
@@ -213,7 +213,7 @@ def train_step(run, step, images):
         passes.append(out)
     runtime.average_gradients(run.tokenizers)
     parameters = [tokenizer.parameters() for tokenizer in run.tokenizers.values()]
-    norm, finite = run.safe_step(parameters, runtime.learning_rate(step, steps, lr, warmup))
+    norm, finite = run.safe_step(parameters, training.learning_rate(step, steps, lr, warmup))
     if lambda_gan and step >= gan_start:
         terms['discriminator'] = discriminator_step(run, passes, finite)
     update_codebooks(run, passes, finite, step)
@@ -264,7 +264,7 @@ def flops_per_image():
         structure, alias = build_tokenizers(config)
         image = torch.empty(1, 3, image_size, image_size)
         views = alias.normalised(alias.views(image))
-        return 3 * runtime.count_flops(lambda: (structure(image, None, 0), alias(views)))
+        return 3 * training.count_flops(lambda: (structure(image, None, 0), alias(views)))
 
 
 @torch.no_grad()
@@ -401,11 +401,12 @@ def main():
     with locked(f'{out_dir}/tokenizer.lock'):
         if steps == 0:
             save(run, step, metrics, dataset.classes)
-        train(run, config, 'tokenizer', step, metrics, flops_per_image(),
-              train_step=lambda step: train_step(run, step, next(supply)[0]),
-              validate=lambda step: validate(run, step, held_out, batch_per_pass),
-              save=lambda step, metrics: save(run, step, metrics, dataset.classes),
-              validate_after=warm_start)
+        training.train(
+            run, config, 'tokenizer', step, metrics, flops_per_image(),
+            train_step=lambda step: train_step(run, step, next(supply)[0]),
+            validate=lambda step: validate(run, step, held_out, batch_per_pass),
+            save=lambda step, metrics: save(run, step, metrics, dataset.classes),
+            validate_after=warm_start)
     if runtime.rank() == 0:
         save_pictures(run.structure, normalize(held_out[:6].to(dev)), f'{out_dir}/tokenizer.png')
         runtime.say(f'wrote {out_dir}/tokenizer.pt and {out_dir}/tokenizer.png')

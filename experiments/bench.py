@@ -32,7 +32,7 @@ from data import normalize
 from model import FVAR, Teacher, build_student, compile_sampling
 from pyramid import decimate, defocus, defocus_decimate, focus_radii
 from tokenizer import build_tokenizers
-from util import runtime
+from util import runtime, training
 from util.charts import Charts
 from util.checkpoint import write_json
 
@@ -82,7 +82,7 @@ def measure(part, groups, tokens, peak):
     for count, jobs in groups:
         for (name, function), (seconds, variation) in zip(jobs.items(), timed(jobs.values())):
             if 'compiled' not in name:                      # else as in the row before
-                flops = runtime.count_flops(function) / count
+                flops = training.count_flops(function) / count
             rate = count / seconds
             row = {'part': part, 'what': name, 'seconds': seconds, 'variation': variation}
             row |= {'images_per_second': rate, 'flops_per_image': flops, 'mfu': rate * flops / peak}
@@ -160,8 +160,8 @@ def bench_train(b):
 
     def step_of(network):
         matrices = train_fvar.muon_weights(network)
-        optimizer = runtime.build_optimizer(b.optimizer, matrices, network, 1e-9, (0.9, 0.95), 0.0)
-        safe_step = runtime.SafeStep(optimizer, b.scaler, 2.0)
+        optimizer = training.build_optimizer(b.optimizer, matrices, network, 1e-9, (0.9, 0.95), 0.0)
+        safe_step = training.SafeStep(optimizer, b.scaler, 2.0)
 
         def step():
             inputs = b.structure.token_inputs(b.tokens)
@@ -231,7 +231,7 @@ def main():
     count = batch_size or (32 if gpu else second['batch_size'])
     b = set_up(first, second, 10, count, dev, autocast, scaler)
     name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU threads'
-    peak = runtime.measured_peak(dev, autocast)
+    peak = training.measured_peak(dev, autocast)
     runtime.say(f'{name}, torch {torch.__version__}, peak {peak / 1e12:.3f} TFLOP/s')
     results = {'config': config, 'machine': name, 'torch': torch.__version__, 'peak': peak, 'rows': []}
     for part in chosen:

@@ -10,21 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from util import runtime
+from util import training
 from configurator import HERE
 
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 
-COUNT_FLOPS = runtime.count_flops
+COUNT_FLOPS = training.count_flops
 
 
 @pytest.fixture(autouse=True, scope='session')
 def flops_are_not_counted():
     """It takes seconds at the start of every run; tests of it ask for `counted`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, 'count_flops', lambda function: 1)
+        patch.setattr(training, 'count_flops', lambda function: 1)
         yield
 
 
@@ -40,7 +40,7 @@ def signals_interrupt_the_tests():
 
 @pytest.fixture
 def counted(monkeypatch):
-    monkeypatch.setattr(runtime, 'count_flops', COUNT_FLOPS)
+    monkeypatch.setattr(training, 'count_flops', COUNT_FLOPS)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 
 from configurator import UserError
 from experiments import bench
-from util import runtime
+from util import training
 
 STAGE_1 = '''
 if script == 'train_tokenizer':
@@ -22,8 +22,8 @@ if script == 'train_fvar':
 
 def test_a_matrix_product_has_two_operations_per_multiplication(counted):
     a, b = torch.zeros(5, 7), torch.zeros(7, 11, requires_grad=True)
-    assert runtime.count_flops(lambda: a @ b) == 2 * 5 * 7 * 11
-    assert runtime.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 5 * 7 * 11
+    assert training.count_flops(lambda: a @ b) == 2 * 5 * 7 * 11
+    assert training.count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 5 * 7 * 11
 
 
 def test_times_are_medians_of_repeats_after_a_warm_up(monkeypatch):
@@ -36,7 +36,7 @@ def test_times_are_medians_of_repeats_after_a_warm_up(monkeypatch):
 
 def test_rates_and_mfu_follow_from_time_and_flops(monkeypatch, capsys):
     monkeypatch.setattr(bench, 'timed', lambda functions: [(2.0, 0.1), (1.0, 0.1)])
-    monkeypatch.setattr(runtime, 'count_flops', lambda function: 600)
+    monkeypatch.setattr(training, 'count_flops', lambda function: 600)
     jobs = {'eager': lambda: None, 'compiled': lambda: None}
     rows = bench.measure('train', [(6, jobs)], tokens=10, peak=1000)
     assert [row['images_per_second'] for row in rows] == [3, 6] and [row['mfu'] for row in rows] == [0.3, 0.6]

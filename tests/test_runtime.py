@@ -17,12 +17,13 @@ import pytest
 import torch
 import torch.nn as nn
 
-from util import checkpoint as files, runtime
+from util import checkpoint as files, runtime, training
 from configurator import HERE, UserError
 from util.checkpoint import (
     Log, atomic_write, check_resumed, digest, load_checkpoint, locked, load_weights, read_log, read_weights,
     save_checkpoint, write_json)
-from util.runtime import MuonWithAdamW, SafeStep, adamw, learning_rate, precision, share_of_batch
+from util.runtime import precision, share_of_batch
+from util.training import MuonWithAdamW, SafeStep, adamw, learning_rate
 
 CPU = torch.device('cpu')
 
@@ -466,7 +467,7 @@ def saved_bytes(value):
 @pytest.fixture
 def saving():
     """Makes a Saving."""
-    return lambda every=5, seconds=0.0: runtime.Saving(every, seconds)
+    return lambda every=5, seconds=0.0: training.Saving(every, seconds)
 
 
 def test_a_run_is_saved_every_so_many_steps_and_at_its_end(saving):
@@ -487,7 +488,7 @@ def test_a_run_is_saved_every_so_many_seconds(saving, monkeypatch):
 def test_all_ranks_save_when_the_seconds_are_over_on_one(saving, monkeypatch):
     one = saving(every=100)
     assert not one.due(1, 100)
-    monkeypatch.setattr(runtime, 'all_reduce_max', lambda tensor: torch.tensor([0, 1]))
+    monkeypatch.setattr(training, 'all_reduce_max', lambda tensor: torch.tensor([0, 1]))
     assert one.due(2, 100)
 
 
@@ -507,7 +508,7 @@ def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, c
 def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(
-        runtime, 'all_reduce_max', lambda tensor: torch.maximum(tensor, torch.tensor([15, 0]))
+        training, 'all_reduce_max', lambda tensor: torch.maximum(tensor, torch.tensor([15, 0]))
     )
     one = saving(every=100)
     assert one.due(7, 100)
@@ -1068,7 +1069,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(checkpoint,
 SLOW_RANK = """
 import os, signal, time
 import torch
-from util import checkpoint as files, runtime
+from util import checkpoint as files, runtime, training
 
 def main():
     first, slow = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', os.environ['RANK'] == '1'

@@ -9,7 +9,7 @@ from configurator import UserError
 from data import normalize
 from util.charts import Charts
 from pyramid import build_pyramid, defocus, focus_radii
-from util.runtime import adamw
+from util.training import adamw
 from tokenizer import (AliasTokenizer, Codebook, MultiScaleQuantizer, StructureTokenizer, area, group_norm,
                        straight_through, vq_loss)
 

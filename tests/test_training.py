@@ -17,7 +17,7 @@ from PIL import Image
 
 import encode
 import model
-from util import checkpoint, runtime
+from util import checkpoint, runtime, training
 import train_fvar
 import train_tokenizer
 from chaos import draw_data
@@ -80,13 +80,13 @@ def run_as_rank(rank, port, script, settings):
 
 def run_with_an_interruption(script, at, **settings):
     """The same, stopped in step `at` and resumed from the last checkpoint before it."""
-    def schedule(step, *arguments, rate=runtime.learning_rate):
+    def schedule(step, *arguments, rate=training.learning_rate):
         if step == at:
             raise KeyboardInterrupt
         return rate(step, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runtime, 'learning_rate', schedule)
+        patch.setattr(training, 'learning_rate', schedule)
         run(script, **settings)
     run(script, **settings | {'init_from': 'resume'})
 
@@ -382,7 +382,7 @@ def test_a_rise_of_the_held_out_loss_is_said_once_and_the_best_student_is_kept(s
 def test_a_signal_in_mid_step_saves_that_step_and_nothing_is_lost(stage1, stage2, tmp_path, monkeypatch, capsys, number):
     settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), out_dir=str(tmp_path), save_every=6, init_from='auto')
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
-        patch.setattr(runtime, 'learning_rate', lambda step, *rest, rate=runtime.learning_rate: (
+        patch.setattr(training, 'learning_rate', lambda step, *rest, rate=training.learning_rate: (
             os.kill(os.getpid(), number) if step == 8 else None, rate(step, *rest))[1])
         run(train_fvar, **settings)
     assert f'stopped by {number.name} after step 9 and saved' in capsys.readouterr().out
@@ -396,7 +396,7 @@ def test_a_signal_in_mid_step_saves_that_step_and_nothing_is_lost(stage1, stage2
 
 def test_a_signal_in_mid_step_saves_the_tokenizers(train_stage1, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match='143'):
-        patch.setattr(runtime, 'learning_rate', lambda step, *rest, rate=runtime.learning_rate: (
+        patch.setattr(training, 'learning_rate', lambda step, *rest, rate=training.learning_rate: (
             os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None, rate(step, *rest))[1])
         train_stage1(init_from='auto')
     assert state_of(tmp_path / 'tokenizer_state.pt')['/step'] == state_of(tmp_path / 'tokenizer.pt')['/step'] == 5
@@ -563,7 +563,7 @@ def test_every_term_of_the_students_loss_is_logged(stage2):
         assert record['ce'] == pytest.approx(sum(n * ce for n, ce in zip((4, 9, 36), record['per_map'])) / 49)
     assert steps[-1]['feature'] > 1e-5 and steps[-1]['kl'] > 1e-5
     peak = settings_of(train_fvar, STAGE2)['lr']
-    assert [record['lr'] for record in steps] == [runtime.learning_rate(step, 12, peak, warmup=2) for step in range(12)]
+    assert [record['lr'] for record in steps] == [training.learning_rate(step, 12, peak, warmup=2) for step in range(12)]
     assert validations[-1].keys() == {'step', 'val_bits_per_image', 'val_ce_per_map'} | {f'val_{t}' for t in terms - {'per_map'}}
     assert steps[-1]['ce'] < steps[0]['ce'] < 1.05 * math.log(32)
 
@@ -749,8 +749,8 @@ def test_neither_memory_nor_open_files_grow(stage1, train, monkeypatch):
     def usage():
         return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, len(os.listdir('/proc/self/fd'))
 
-    seen, rate = {}, runtime.learning_rate
-    monkeypatch.setattr(runtime, 'learning_rate', lambda step, *rest: (seen.update({step: usage()}), rate(step, *rest))[1])
+    seen, rate = {}, training.learning_rate
+    monkeypatch.setattr(training, 'learning_rate', lambda step, *rest: (seen.update({step: usage()}), rate(step, *rest))[1])
     train(steps=301, depth=1, distill=False, log_every=10, eval_every=10, save_every=10)
     (early, files_early), (late, files_late) = seen[100], seen[300]
     assert late - early < 8 and files_late == files_early, f'{early:.0f} MiB, then {late:.0f}'

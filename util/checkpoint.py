@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from configurator import UserError
-from util.runtime import Saving, Speed, barrier, from_rank_0, mean_terms, peak_flops, progress, rank, say
+from util.runtime import from_rank_0, rank, say
 
 
 @contextmanager
@@ -298,42 +298,3 @@ def read_log(path):
             with suppress(ValueError):
                 records.append(json.loads(line))
     return records
-
-
-# -----------------------------------------------------------------------------
-# the training loop of both stages
-
-def train(run, config, name, step, metrics, flops, train_step, validate, save, validate_after=0):
-    """Trains from `step` to the last one, with logs, validations, checkpoints and a progress bar.
-
-    train_step(step) → (loss terms by name, gradient norm), all tensors; validate(step) → metrics;
-    save(step, metrics). Steps count from 0 in train_step() and in the log, otherwise they are those done.
-    run: a namespace with dev, autocast, optimizer and safe_step. name: of the log, OUT_DIR/NAME.jsonl.
-    metrics: those of the last validation. flops: per image. validate_after: the first step that may validate.
-    """
-    steps, batch_size = config['steps'], config['batch_size']
-    log = Log(f'{config["out_dir"]}/{name}.jsonl', step, config['log_to'], config)
-    bar = progress(steps, step, name, images_per_step=batch_size)
-    saving = Saving(config['save_every'], config['save_seconds'])
-    speed = Speed(batch_size, flops, peak_flops(run.dev, run.autocast))
-    speed.start(step)
-    while step < steps:
-        terms, norm = train_step(step)
-        step += 1
-        bar.update()
-        if step % config['log_every'] == 0 or step == steps:
-            means = mean_terms(terms)
-            log(step=step - 1, **means, grad_norm=norm.item(), skipped=run.safe_step.check(means),
-                lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
-            first = next(iter(means))
-            bar.set_postfix({'step': step, first: means[first]})
-        if step % config['eval_every'] == 0 and step > validate_after or step == steps:
-            metrics = validate(step)
-            log(step=step - 1, **{f'val_{key}': value for key, value in metrics.items()})
-            speed.start(step)
-        if saving.due(step, steps):
-            save(step, metrics)
-            barrier()
-            saving.stop_if_asked(step)
-            speed.start(step)
-    bar.close()

@@ -1,26 +1,20 @@
-"""Shared by all scripts: ranks, device, precision, random numbers, optimizer steps, signals, errors.
+"""Shared by all scripts: ranks, device, precision, random numbers, progress, errors.
 
 Nothing here knows about images or tokens. Each process is one rank; without torchrun there is only one.
 """
 import errno
 import hashlib
-import math
 import os
 import re
-import signal
 import sys
 import time
-import timeit
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from configurator import UserError
@@ -279,173 +273,7 @@ def noise_of(numbers, device, *stream):
 
 
 # -----------------------------------------------------------------------------
-# optimisation
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up to `peak`, then a cosine down to a tenth of it at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def adamw(module, lr, betas, weight_decay, without=()):
-    """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas.
-
-    without: a set of parameters that another optimizer trains, or a dictionary of them.
-    """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f'betas={betas}: give two numbers, each at least 0 and less than 1')
-    kernels = {part.weight for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
-    ours = [p for p in module.parameters() if p.requires_grad and p not in without]
-    groups = [{'params': [p for p in ours if (p in kernels) == decays],
-               'weight_decay': weight_decay * decays} for decays in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-
-
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for some weights and AdamW for all other parameters, as one optimizer.
-
-    weights: of linear layers, and of convolutions in channels-last memory, which count as matrices with a row
-    per output channel. Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al.
-    2025). Muon has no fused kernel that skips non-finite steps, so each step waits for the device.
-    """
-
-    def __init__(self, weights, module, lr, betas, weight_decay):
-        self.matrices = {weight: nn.Parameter(weight.data.movedim(1, -1).view(len(weight), -1))
-                         for weight in weights}             # views of the weights' memory
-        self.muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn='match_rms_adamw')
-        self.adamw = adamw(module, lr, betas, weight_decay, without=self.matrices)
-        super().__init__([{'params': weights}, *self.adamw.param_groups], {'lr': lr})
-        self.adamw.state = self.state                       # one state, in which a weight's is its matrix's
-        for weight, matrix in self.matrices.items():
-            self.muon.state[matrix] = self.state[weight]
-
-    def step(self):
-        self.adamw.found_inf = self.found_inf
-        self.adamw.step()
-        if not self.found_inf:
-            for weight, matrix in self.matrices.items():
-                if weight.grad is not None:                 # some learn only after the warm start
-                    matrix.grad = weight.grad.movedim(1, -1).flatten(1)
-            self.muon.param_groups[0]['lr'] = self.param_groups[0]['lr']
-            self.muon.step()
-            self.muon.zero_grad()
-
-
-def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
-    """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest.
-
-    Raises UserError for another name. Convolutions among muon_weights are in channels-last memory.
-    """
-    if name == 'adamw':
-        return adamw(module, lr, betas, weight_decay)
-    if name == 'muon':
-        return MuonWithAdamW(muon_weights, module, lr, betas, weight_decay)
-    raise UserError(f'--optimizer={name}: choose adamw or muon')
-
-
-class SafeStep:
-    """Optimizer steps that skip non-finite gradients without ever waiting for the device.
-
-    The counts stay on the device. check() fetches them, and raises after ten skipped steps in a row.
-    """
-
-    def __init__(self, optimizer, scaler, grad_clip):
-        self.optimizer, self.scaler, self.grad_clip = optimizer, scaler, grad_clip
-        device = optimizer.param_groups[0]['params'][0].device
-        self.skipped, self.in_a_row = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def state_dict(self):
-        return {'skipped': self.skipped.item(), 'in_a_row': self.in_a_row.item(),
-                'scaler': self.scaler.state_dict()}
-
-    def load_state_dict(self, state):
-        self.skipped.fill_(state['skipped'])
-        self.in_a_row.fill_(state['in_a_row'])
-        if state['scaler']:                                 # empty unless that run was in float16
-            self.scaler.load_state_dict(state['scaler'])
-
-    def __call__(self, networks, lr):
-        """Clips, steps, clears the gradients. Returns (gradient norm, whether it is finite), both tensors.
-
-        networks: lists of parameters. Each list is clipped separately, so that spikes in one network do not
-        shorten the steps of another. A non-finite loss has non-finite gradients, and gradients are averaged
-        over the ranks, so all ranks skip the same steps.
-        """
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        self.scaler.unscale_(self.optimizer)
-        norms = [torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip) for parameters in networks]
-        norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
-        norm = torch.stack(norms).norm()
-        finite = norm.isfinite()
-        self.optimizer.found_inf = (~finite).float()        # makes fused optimizers skip the step
-        self.optimizer.step()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += ~finite
-        self.in_a_row = (self.in_a_row + 1) * ~finite
-        return norm, finite
-
-    def check(self, terms={}):
-        """Waits for the device and returns the number of steps skipped so far.
-
-        Raises FloatingPointError if the last ten steps or more were skipped. terms: the loss terms of the
-        last one, as mean_terms() gives them; those that are not finite are named.
-        """
-        in_a_row = self.in_a_row.item()
-        # float16 scalers start too high on purpose and skip steps on their way down
-        if in_a_row >= 10 and self.scaler.get_scale() <= 1:
-            bad = [name for name, value in terms.items() if not math.isfinite(value)]
-            raise FloatingPointError(
-                f'{in_a_row} steps in a row had a non-finite {" and ".join(bad) or "gradient"}; the last '
-                'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or '
-                '--grad_clip, or with --dtype=float32')
-        return self.skipped.item()
-
-
-# -----------------------------------------------------------------------------
-# saving and stopping
-
-class Saving:
-    """Decides when to save a run: every so many steps or seconds (0: never), at its end and before it stops.
-
-    From then on, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
-    SIGINT stops at once. A signal to any rank stops all.
-    """
-
-    def __init__(self, every, seconds):
-        self.every, self.seconds = every, seconds
-        self.received = self.agreed = 0                     # signal numbers: of this rank, of all ranks
-        self.saved_at = time.monotonic()
-        signal.signal(signal.SIGTERM, self.note)
-        signal.signal(signal.SIGINT, self.note)
-
-    def note(self, number, frame):
-        if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def due(self, step, steps):
-        """Whether to save now, after `step` of `steps` steps. All ranks must ask, and get the same answer."""
-        late = 0 < self.seconds <= time.monotonic() - self.saved_at
-        self.agreed, late = all_reduce_max(torch.tensor([self.received, late])).tolist()
-        due = late or self.agreed or step % self.every == 0 or step == steps
-        if due:
-            self.saved_at = time.monotonic()
-        return due
-
-    def stop_if_asked(self, step):
-        """Call after saving. After a signal, exits with status 128 + its number, as in a shell."""
-        if self.agreed:
-            say(f'stopped by {signal.Signals(self.agreed).name} after step {step} and saved; continue with '
-                '--init_from=resume')
-            raise SystemExit(128 + self.agreed)
-
-
-# -----------------------------------------------------------------------------
-# progress and speed
+# progress
 
 def say(message):
     """Prints on rank 0 without breaking a progress bar."""
@@ -481,55 +309,6 @@ def progress(total, initial=0, label='', images_per_step=1):
         options = dict(file=LogLines(), bar_format=line, leave=False, mininterval=30, maxinterval=30)
     return tqdm(total=total, initial=initial, desc=label, unit='img', unit_scale=images_per_step,
                 disable=rank() != 0, delay=1, **options)
-
-
-class Speed:
-    """Images per second, and MFU: the fraction of the devices' peak FLOP/s that the model needs for them.
-
-    flops_per_image: of a forward and backward pass, without recomputation. peak: FLOP/s of one device.
-    """
-
-    def __init__(self, images_per_step, flops_per_image, peak):
-        self.images_per_step, self.mfu_per_rate = images_per_step, flops_per_image / (peak * world_size())
-
-    def start(self, step):
-        """Starts measuring after this step."""
-        self.step, self.began = step, time.perf_counter()
-
-    def report(self, step):
-        """Call when the device has finished this step."""
-        rate = (step - self.step) * self.images_per_step / (time.perf_counter() - self.began)
-        self.start(step)
-        return {'images_per_second': rate, 'mfu': rate * self.mfu_per_rate}
-
-
-def count_flops(function):
-    """Floating-point operations of the matrix products, convolutions and attention in a call."""
-    # only this attention backend is counted on every device
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function()
-    return counter.get_total_flops()
-
-
-PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}     # dense bfloat16 FLOP/s, from NVIDIA's data sheets
-
-
-def peak_flops(device, autocast):
-    """Peak FLOP/s of one device: the data sheet's for a known GPU in 16 bits, otherwise measured."""
-    if device.type == 'cuda' and dtype_of(autocast) != torch.float32:
-        for model, peak in PEAK.items():
-            if model in torch.cuda.get_device_name(device):
-                return peak
-    return measured_peak(device, autocast)
-
-
-def measured_peak(device, autocast):
-    """FLOP/s of a large matrix product, the best of four."""
-    n = 8192 if device.type == 'cuda' else 1536
-    matrix = torch.ones(n, n, device=device)
-    with autocast():                                        # .item() waits for the device
-        seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)
-    return 2 * n ** 3 / min(seconds)
 
 
 # -----------------------------------------------------------------------------
