@@ -169,7 +169,7 @@ class SafeStep:
         in_a_row = self.in_a_row.item()
         # float16 scalers start too high on purpose and skip steps on their way down
         if in_a_row >= 10 and self.scaler.get_scale() <= 1:
-            bad = [name for name, value in terms.items() if not math.isfinite(value)]
+            bad = [name for name, value in terms.items() if not torch.tensor(value).isfinite().all()]
             raise FloatingPointError(
                 f'{in_a_row} steps in a row had a non-finite {" and ".join(bad) or "gradient"}; the last '
                 'checkpoint is intact: continue from it with --init_from=auto and a lower --lr or '
