@@ -238,7 +238,7 @@ def validate(run, step, dataset, held_out, size):
 
 def resume(run, state_file, dataset):
     """Restores a stopped run; returns (step, metrics) of its checkpoint. dataset: what it goes on with."""
-    saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py')
+    saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
     if saved['tokenizer'] != dataset.meta['tokenizer']:
         raise UserError(f'{state_file} was trained on the tokens of another tokenizer: use that '

@@ -329,7 +329,7 @@ def save(run, step, metrics, classes):
 
 def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
-    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py')
+    saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
     load_weights(run.networks, saved['networks'], state_file)
     for optimizer, state in zip((run.optimizer, run.gan_optimizer), saved['optimizers']):

@@ -118,16 +118,16 @@ def blame(path):
         raise UserError(f'{path} has no {error}: it was written by another version of this code') from None
 
 
-def load_checkpoint(path, kind, made_by='the script that writes it'):
+def load_checkpoint(path, kind, made_by='the script that writes it', shared=False):
     """Reads a file of save_checkpoint() to the CPU; checkpoint['kind'] must equal kind.
 
     If the newest file is damaged or missing, falls back to PATH.previous with a warning. Raises UserError if
-    there is none, if it cannot be read, or if it is of another kind.
+    there is none, if it cannot be read, or if it is of another kind. shared: see read_weights().
     """
     problem = f'{path}: no such checkpoint; run {made_by} first'
     for file in candidates(path):
         try:
-            checkpoint = read_weights(file)
+            checkpoint = read_weights(file, shared)
         except UserError as error:
             problem = error
             continue
@@ -140,11 +140,11 @@ def load_checkpoint(path, kind, made_by='the script that writes it'):
     raise UserError(problem)
 
 
-def read_weights(path):
+def read_weights(path, shared=False):
     """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file,
     FileNotFoundError and PermissionError as they are.
 
-    The file is mapped into memory, if it can be: the ranks of a machine share one copy.
+    shared: maps the file into memory, so that the ranks of a machine share one copy, which is read-only.
     """
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -152,7 +152,7 @@ def read_weights(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and shared)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:                                       # zip, pickle and torch all raise their own kinds
