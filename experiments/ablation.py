@@ -198,18 +198,18 @@ def evaluate_row(of):
         found = read_json(f'{folder}/results.json')
         sets = {line['set']: line for line in found['distances'] if line['against'] == 'reference'}
         fd = sets['generated']['fd_cnn']
-        fd_sampled.append((found['config']['cfg'], found['config']['top_p'], round(fd, 4)))
-    metrics = {
+        fd_sampled.append((found['config']['cfg'], found['config']['top_p'], fd))
+    return {
         'psnr': found['tokenizer']['psnr'],
         'ssim': found['tokenizer']['ssim'],
         'floor': sets['real']['fd_cnn'],
         'rfd': sets['reconstructed']['fd_cnn'],
         'fd': fd,
         'recognised': sets['generated']['recognised'],
-        'bits': found['student']['bits_per_image']
+        'bits': found['student']['bits_per_image'],
+        'fd_sampled': fd_sampled,
+        'torch': torch.__version__
     }
-    metrics = {name: round(value, 4) for name, value in metrics.items()}
-    return metrics | {'fd_sampled': fd_sampled, 'torch': torch.__version__}
 
 
 def work():

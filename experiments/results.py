@@ -184,7 +184,12 @@ TABLES = {
     'photographs, sampling': lambda: sampling('ablation_photos'),
     'teacher': lambda: compared(
         ('charts', 'ablation_charts', 'full', 'no_teacher'),
-        ('photographs, AdamW', 'ablation_photos', 'full', 'no_teacher')),
+        ('photographs', 'ablation_photos', 'full', 'no_teacher'),
+        ('500 charts', 'ablation_small', 'full', 'no_teacher'),
+        ('500 charts, 4 × KL', 'ablation_small', 'lambda_logit=2', 'no_teacher')),
+    'length': lambda: compared(
+        ('1,200 steps', 'ablation_charts', 'full', 'var'),
+        ('4,800 steps', 'ablation_charts_4800', 'full', 'var')),
     'aliasing': aliasing,
     'refocusing, PSNR': lambda: refocusing('psnr'),
     'refocusing, sharpness': lambda: refocusing('sharpness'),

@@ -57,8 +57,8 @@ def learning_rate(step, steps, peak, warmup):
     """Linear warm-up to `peak`, then a cosine down to a tenth of it at the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    t = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t)))
 
 
 def adamw(module, lr, betas, weight_decay, without=()):
