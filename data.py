@@ -83,21 +83,13 @@ def report_left_out(folder, files):
                     f'class folder, such as {files[:3]!a}')
 
 
-def check_ranks_agree(what, value):
-    """Raises UserError on every rank unless all ranks have the same value, of plain Python types."""
-    number = runtime.seed_of(repr(value))                   # a hash
-    most, least = runtime.all_reduce_max(torch.tensor([number, -number])).tolist()
-    if most != -least:
-        raise UserError(f'{what}: not the same on every rank; give all machines the same files')
-
-
 def read_picture(path, least_side):
     """Reads a file as an upright RGB PIL image: transparency over white, the first frame of an animation.
 
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but with no side below least_side (pixels). Raises
     whatever Pillow raises for files it cannot read; there is no common class.
     """
-    if not os.path.isfile(path):                            # reading a pipe would wait for ever
+    if not os.path.isfile(path):                            # reading a pipe would block forever
         raise FileNotFoundError('missing or not a file')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -159,7 +151,7 @@ class ImageFolder:
             left_out += others
             labels += [self.classes.index(name)] * len(files)
         report_left_out(folder, left_out)
-        check_ranks_agree(ascii(folder), self.classes + [file[len(folder):] for file in self.files])
+        runtime.check_ranks_agree(ascii(folder), self.classes + [file[len(folder):] for file in self.files])
         self.labels = torch.tensor(labels)
         self.image_size, self.flip, self.seed = image_size, flip, seed
         self.resized_side = round(1.125 * image_size)
@@ -306,7 +298,7 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     same settings (a dictionary of JSON values). Otherwise the file is started again. Raises UserError if the
     ranks' settings differ.
     """
-    check_ranks_agree(f'what {path} is made with', made_with)
+    runtime.check_ranks_agree(f'what {path} is made with', made_with)
     path, description = Path(path), Path(f'{path}.json')
     size = rows * columns * np.dtype(dtype).itemsize
     known = read_json(description) or {}
@@ -368,7 +360,7 @@ class TokenDataset:
                             f'missing, damaged or from different runs; run encode.py') from None
         if tokenizer_digest and meta.get('tokenizer') != tokenizer_digest:
             raise UserError(f'{folder}: these tokens come from another tokenizer; run encode.py again')
-        check_ranks_agree(ascii(str(self.path)), meta)
+        runtime.check_ranks_agree(ascii(str(self.path)), meta)
 
     def __len__(self):
         return len(self.tokens)

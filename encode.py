@@ -46,13 +46,15 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         'patch_nums': list(structure.patch_nums), 'alias_patch_nums': list(alias.patch_nums),
         'vocab_size': structure.quantizer.codebook.num_embeddings, 'alias_vocab_size': alias.vocab_size,
         'data': source, 'crops': per_image, 'flip': flip, 'seed': seed, 'batch_size': batch_size,
+        'dtype': str(runtime.dtype_of(autocast)),
         'tokenizer': digest(structure.state_dict()), 'alias_tokenizer': digest(alias.state_dict())}
     if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')
 
     final = Path(out_dir, 'tokens', f'{split}.bin')
     description, partial = final.with_suffix('.json'), final.with_suffix('.partial')
-    if read_json(description) == meta and final.is_file():
+    written = read_json(description) or {}
+    if written | {'rows': meta['rows']} == meta and final.is_file():       # it may have fewer rows
         runtime.say(f'{final} already exists with identical settings; delete it to encode again')
         return
     table = open_table(partial, meta, meta['rows'], columns, np.uint16, NOT_YET)
@@ -74,11 +76,11 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
     runtime.barrier()
 
     if runtime.rank() == 0:
-        description.unlink(missing_ok=True)                 # the old pair goes before the new one comes
+        description.unlink(missing_ok=True)                 # before the tokens that it describes are replaced
         kept = np.flatnonzero(table[:, -1] != UNREADABLE)
         if len(kept) == len(table):
             partial.replace(final)
-        else:                                               # copies, because a kill must not leave half of it
+        else:                                               # atomically: a kill cannot leave half a file
             with atomic_write(final) as file:
                 for row in kept:
                     file.write(table[row])

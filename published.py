@@ -88,8 +88,8 @@ class Published(dict):
         raise UserError(f'this {self.what} is incomplete, or not as VAR publishes it: {name} is missing')
 
     def count(self, pattern):
-        """How many numbers the pattern's group matches, for example blocks. At least 1: a missing number 0 is
-        reported by its name."""
+        """How many distinct indices the pattern finds, for example of blocks. At least 1, so that a missing
+        index 0 is reported by its name."""
         return max(1, len(set(re.findall(pattern, ' '.join(self)))))
 
 
@@ -111,7 +111,8 @@ def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=0):
     vocab_size, codebook_dim = vae['quantize.embedding.weight'].shape
     if (vocab_size, codebook_dim) != (student.head.out_features, student.word_embed.in_features):
         raise UserError(f'tokenizer and transformer do not belong together: the tokenizer has {vocab_size} '
-                        f'codes × {codebook_dim}, the transformer another number')
+                        f'codes × {codebook_dim}, the transformer {student.head.out_features} × '
+                        f'{student.word_embed.in_features}')
     channels = len(vae['encoder.conv_in.weight'])
     levels = vae.count(r'encoder\.down\.(\d+)\.')
     tokenizer = StructureTokenizer(

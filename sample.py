@@ -50,7 +50,7 @@ export = ''                     # folder for student and tokenizer in VAR's form
 # classes
 classes = ''                    # class numbers, for example 207,980, or none (default: the first ten)
 per_class = 8                   # pictures per class, or variants of a photo
-seed = 0                        # the same seed gives the same pictures
+seed = 0                        # gives the same pictures for the same classes, per_class and batch_size
 # many samples, for evaluation
 num_samples = 0                 # how many, a multiple of the number of classes; published FIDs use 50,000
 out = ''                        # .npz file to write (default: samples.npz in out_dir)
@@ -79,10 +79,13 @@ sampling = {'cfg': cfg, 'top_k': top_k, 'top_p': top_p, 'smooth': smooth}
 def check_settings():
     """Raises UserError for settings that do not go together."""
     runtime.require_positive(config, 'per_class')
-    if (bool(mask) + bool(outpaint) != bool(edit) or bool(refocus) != bool(radius)
-            or sum(map(bool, (edit, refocus, num_samples, export))) > 1):
-        raise UserError('give only one of: --edit=PHOTO with --mask=MASK.png or --outpaint=LEFT,TOP,RIGHT,'
-                        'BOTTOM; --refocus=PHOTO with --radius=PIXELS; --num_samples=NUMBER; --export=FOLDER')
+    if bool(edit) != bool(mask or outpaint) or mask and outpaint:
+        raise UserError('to edit a photo give --edit=PHOTO and one of --mask=MASK.png and '
+                        '--outpaint=LEFT,TOP,RIGHT,BOTTOM')
+    if bool(refocus) != bool(radius):
+        raise UserError('to refocus a photo give --refocus=PHOTO and --radius=PIXELS')
+    if sum(map(bool, (edit, refocus, num_samples, export))) > 1:
+        raise UserError('give only one of --edit, --refocus, --num_samples and --export')
     photo = edit or refocus
     if class_ != -1 and not photo or classes and (photo or num_samples):
         raise UserError('--class=NUMBER goes with --edit and --refocus; these and --num_samples take '

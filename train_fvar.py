@@ -22,8 +22,8 @@ from published import load_official_student
 from tokenizer import load_tokenizers
 from util import runtime, training
 from util.checkpoint import (
-    check_resumed, digest, load_checkpoint, load_optimizer, load_weights, locked, read_log, read_weights,
-    resumes, save_checkpoint, training_state)
+    blame, check_resumed, digest, load_checkpoint, load_optimizer, load_weights, locked, read_log,
+    read_weights, resumes, save_checkpoint, training_state)
 from util.pictures import add_row, plot_losses
 
 # input and output
@@ -228,7 +228,7 @@ def validate(run, step, dataset, held_out, size):
     if metrics['ce'] > lowest and earlier == sorted(earlier, reverse=True):
         runtime.say(f'note: it was {lowest:.3f} and is now rising, so the student is overfitting; '
                     'keep_best=True keeps the best one')
-    if keep_best and metrics['ce'] < lowest:
+    if keep_best and runtime.from_rank_0(metrics['ce'] < lowest):
         save(run, step, metrics, dataset, best=True)
         runtime.barrier()
     show_progress(run, step, len(earlier), len(dataset.classes))
@@ -237,7 +237,7 @@ def validate(run, step, dataset, held_out, size):
 
 
 def resume(run, state_file, dataset):
-    """Restores a stopped run; returns (step, metrics) of its checkpoint. dataset: what it goes on with."""
+    """Restores a stopped run; returns (step, metrics) of its checkpoint. dataset: the one to continue on."""
     saved = load_checkpoint(state_file, 'fvar training', made_by='train_fvar.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
     if saved['tokenizer'] != dataset.meta['tokenizer']:
@@ -246,10 +246,11 @@ def resume(run, state_file, dataset):
     if saved['classes'] != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
-    load_weights(run.network, saved['network'], state_file)
-    load_optimizer(run.optimizer, saved['optimizer'])
-    run.safe_step.load_state_dict(saved['safe_step'])
-    return saved['step'], saved['metrics']
+    with blame(state_file):
+        load_weights(run.network, saved['network'], state_file)
+        load_optimizer(run.optimizer, saved['optimizer'])
+        run.safe_step.load_state_dict(saved['safe_step'])
+        return saved['step'], saved['metrics']
 
 
 def main():
@@ -267,21 +268,22 @@ def main():
     if dataset.classes != held_out.classes:
         raise UserError(f'{folder}: train and val have different classes; run encode.py again')
 
-    # networks
-    student = build_student(config, structure, len(dataset.classes))
-    if init_from not in ('scratch', 'resume', 'auto'):
-        start_from(student, structure, dataset.classes)
-    run = set_up(dev, structure, alias, student)
-    step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
-    if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file, dataset)
-    runtime.say(f'student {runtime.millions(student)}'
-                + (f', teacher {runtime.millions(run.network.teacher)}' if distill else '')
-                + f', {len(dataset)} images of {sum(student.lengths)} tokens, {student.num_classes} classes')
-
-    # training
-    keys = endless_keys(len(dataset), batch_size, seed, step)
     with locked(f'{out_dir}/fvar.lock'):
+        # networks
+        student = build_student(config, structure, len(dataset.classes))
+        if init_from not in ('scratch', 'resume', 'auto'):
+            start_from(student, structure, dataset.classes)
+        run = set_up(dev, structure, alias, student)
+        step, metrics, state_file = 0, {}, f'{out_dir}/fvar_state.pt'
+        if resumes(init_from, state_file):
+            step, metrics = resume(run, state_file, dataset)
+        runtime.say(f'student {runtime.millions(student)}'
+                    + (f', teacher {runtime.millions(run.network.teacher)}' if distill else '')
+                    + f', {len(dataset)} images of {sum(student.lengths)} tokens, '
+                      f'{student.num_classes} classes')
+
+        # training
+        keys = endless_keys(len(dataset), batch_size, seed, step)
         training.train(
             run, config, 'fvar', step, metrics, flops_per_image(run),
             train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),

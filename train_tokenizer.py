@@ -21,7 +21,7 @@ from pyramid import defocus, psf
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime, training
 from util.checkpoint import (
-    check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
+    blame, check_resumed, load_checkpoint, load_optimizer, load_weights, locked, read_weights, resumes,
     save_checkpoint)
 from util.metrics import psnr
 from util.pictures import focus_labels, picture_grid, save_png
@@ -72,7 +72,7 @@ optimizer = 'adamw'             # adamw (paper) | muon: for the convolutions, Ad
 steps = 100_000                 # optimizer steps (paper); 0 writes the tokenizers of init_from unchanged
 batch_size = 256                # images per step, summed over ranks
 grad_accum_steps = 1            # forward and backward passes that a step is split into
-lr = 1e-4                       # peak learning rate
+lr = 1e-4                       # peak learning rate, which the discriminator keeps throughout
 warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's decay rates
 weight_decay = 0.0              # on the weights of convolutions only
@@ -152,7 +152,7 @@ def set_up(dev):
     runtime.broadcast_weights(run.networks)
     if lambda_lpips:
         run.lpips = load_lpips(dev)
-    matrices = [part.weight for part in run.tokenizers.modules()                # all but those of pixels
+    matrices = [part.weight for part in run.tokenizers.modules()                # not from and to RGB
                 if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
     run.optimizer = training.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
     run.gan_optimizer = training.adamw(run.discriminator, lr, betas, weight_decay)
@@ -162,14 +162,19 @@ def set_up(dev):
     return run
 
 
+def decodes_states():
+    """Whether a step also decodes a focus state."""
+    return pyramid == 'focus' and lambda_focus
+
+
 def forward(run, images, noise, step):
-    """One pass of both tokenizers: (loss, its terms by name, namespace of what else learns from it).
+    """One pass of both tokenizers: (loss, its terms by name, what codebooks and discriminator learn from).
 
     The namespace is that of StructureTokenizer.forward(), with images, energy (mean square of the alias
     views) and alias, the namespace of AliasTokenizer.forward().
     """
     structure, alias, state = run.structure, run.alias, None
-    if pyramid == 'focus' and lambda_focus:
+    if decodes_states():
         generator = runtime.generator(seed, 'state', step)
         state = torch.randint(len(patch_nums) - 1, (1,), generator=generator).item()
     if step < warm_start:
@@ -221,7 +226,8 @@ def train_step(run, step, images):
 
 
 def discriminator_step(run, passes, finite):
-    """One step by the hinge loss, which is returned. Skipped where `finite` (tensor) is false."""
+    """One step by the hinge loss, which is returned. Skipped where `finite` (tensor) is false, or its
+    gradient is not."""
     run.gan_optimizer.zero_grad(set_to_none=True)           # drops what the generator's loss left there
     total = 0
     for out in passes:
@@ -232,7 +238,8 @@ def discriminator_step(run, passes, finite):
         loss.backward()
         total = total + loss.detach()
     runtime.average_gradients(run.discriminator)
-    run.gan_optimizer.found_inf = (~finite).float()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.discriminator.parameters()])
+    run.gan_optimizer.found_inf = (~(finite & norm.isfinite())).float()
     run.gan_optimizer.step()
     return total
 
@@ -262,9 +269,9 @@ def flops_per_image():
     """FLOPs of one training step of the tokenizers per image, without LPIPS and discriminator."""
     with torch.device('meta'):
         structure, alias = build_tokenizers(config)
-        image = torch.empty(1, 3, image_size, image_size)
+        image, state = torch.empty(1, 3, image_size, image_size), 0 if decodes_states() else None
         views = alias.normalised(alias.views(image))
-        return 3 * training.count_flops(lambda: (structure(image, None, 0), alias(views)))
+        return 3 * training.count_flops(lambda: (structure(image, None, state), alias(views)))
 
 
 @torch.no_grad()
@@ -331,11 +338,12 @@ def resume(run, state_file):
     """Restores a stopped run; returns (step, metrics) of its checkpoint."""
     saved = load_checkpoint(state_file, 'tokenizer training', made_by='train_tokenizer.py', shared=True)
     check_resumed(saved, config, FIXED, state_file)
-    load_weights(run.networks, saved['networks'], state_file)
-    for optimizer, state in zip((run.optimizer, run.gan_optimizer), saved['optimizers']):
-        load_optimizer(optimizer, state)
-    run.safe_step.load_state_dict(saved['safe_step'])
-    return saved['step'], saved['metrics']
+    with blame(state_file):
+        load_weights(run.networks, saved['networks'], state_file)
+        for optimizer, state in zip((run.optimizer, run.gan_optimizer), saved['optimizers']):
+            load_optimizer(optimizer, state)
+        run.safe_step.load_state_dict(saved['safe_step'])
+        return saved['step'], saved['metrics']
 
 
 def start_from(run):
@@ -384,21 +392,21 @@ def main():
     dev = runtime.start(device, seed)
     check_settings()
     batch_per_pass = runtime.share_of_batch(batch_size, grad_accum_steps)
-    dataset = open_dataset(data, 'train', image_size, flip=flip)
+    dataset = open_dataset(data, 'train', image_size, flip=flip, seed=seed)
     held_out, _ = evenly_spaced(open_dataset(data, 'val', image_size), eval_images)
 
-    # networks
-    run = set_up(dev)
-    step, metrics, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
-    if resumes(init_from, state_file):
-        step, metrics = resume(run, state_file)
-    elif init_from not in ('scratch', 'auto'):
-        start_from(run)
-    describe(run, dataset)
-
-    # training
-    supply = batches(dataset, batch_size, seed, step, workers)
     with locked(f'{out_dir}/tokenizer.lock'):
+        # networks
+        run = set_up(dev)
+        step, metrics, state_file = 0, {}, f'{out_dir}/tokenizer_state.pt'
+        if resumes(init_from, state_file):
+            step, metrics = resume(run, state_file)
+        elif init_from not in ('scratch', 'auto'):
+            start_from(run)
+        describe(run, dataset)
+
+        # training
+        supply = batches(dataset, batch_size, seed, step, workers)
         if steps == 0:
             save(run, step, metrics, dataset.classes)
         training.train(

@@ -555,8 +555,8 @@ WRONG = {
     'missing': (None, dict(var='elsewhere.pth'), 'elsewhere.pth: No such file'),
     'truncated': (lambda files: os.truncate(files / 'var.pth', 5000), {}, 'var.pth cannot be read (truncated, not a checkpoint'),
     'empty': (lambda files: os.truncate(files / 'vae.pth', 0), {}, 'vae.pth cannot be read (truncated, not a checkpoint'),
-    'code in the transformer': (spoil_pickle, {}, 'var.pth cannot be read (it holds code, which is never run: '),
-    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth cannot be read (it holds code, which is never run: '),
+    'code in the transformer': (spoil_pickle, {}, 'var.pth cannot be read (truncated, not a checkpoint, or with code in it, which is never run'),
+    'code in the tokenizer': (spoil_vae_pickle, {}, 'vae.pth cannot be read (truncated, not a checkpoint, or with code in it, which is never run'),
     'a list': (lambda files: torch.save([1, 2], files / 'var.pth'), {}, 'this is not a published VAR transformer'),
 }
 

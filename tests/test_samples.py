@@ -249,7 +249,7 @@ def test_a_partial_file_that_was_cut_short_is_not_trusted(samples, whole, interr
     (['--num_samples=2'], '2 samples cannot be shared equally by 3 classes'),
     (['--num_samples=-3'], '--num_samples=-3: must be at least 0'),
     (['--num_samples=30', '--classes=1'], '--num_samples take no --classes'),
-    (['--num_samples=30', '--export={folder}'], 'give only one of: --edit=PHOTO'),
+    (['--num_samples=30', '--export={folder}'], 'give only one of --edit, --refocus, --num_samples and --export'),
     (['--out={folder}/samples.npz'], 'samples.npz: needs --num_samples=NUMBER'),
     (['--num_samples=30', '--out={folder}'], 'a file name ending in .npz'),
     (['--num_samples=30', '--out={folder}/folder.npz'], 'folder.npz: needs --num_samples=NUMBER and a file name'),

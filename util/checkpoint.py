@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from configurator import UserError
-from util.runtime import from_rank_0, rank, say
+from util.runtime import OUT_OF_MEMORY, from_rank_0, rank, say
 
 
 @contextmanager
@@ -155,7 +156,9 @@ def read_weights(path, shared=False):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and shared)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception:                                       # zip, pickle and torch all raise their own kinds
+    except Exception as error:                              # zip, pickle and torch all raise their own kinds
+        if re.search(OUT_OF_MEMORY, repr(error)):
+            raise
         raise UserError(f'{path} cannot be read (truncated, not a checkpoint, or with code in it, which is '
                         'never run)') from None
 

@@ -66,11 +66,19 @@ def barrier():
 
 
 def from_rank_0(value):
-    """Returns rank 0's value on every rank. It is pickled, and may be long in coming."""
+    """Returns rank 0's value on every rank, which waits as long as it takes. The value is pickled."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=cpu_group)
     return values[0]
+
+
+def check_ranks_agree(what, value):
+    """Raises UserError on every rank unless all ranks have the same value, of plain Python types."""
+    number = seed_of(repr(value))                           # a hash
+    most, least = all_reduce_max(torch.tensor([number, -number])).tolist()
+    if most != -least:
+        raise UserError(f'{what}: not the same on every rank; give all machines the same files')
 
 
 def share_of_batch(batch_size, grad_accum_steps=1):
@@ -98,7 +106,7 @@ def broadcast_weights(module):
 
 
 def average_gradients(module):
-    """Averages .grad over the ranks. DDP cannot: the losses have several backward passes."""
+    """Averages .grad over the ranks. DDP cannot: the discriminator gets gradients in two backward passes."""
     for parameter in module.parameters():
         if parameter.grad is not None:
             all_reduce(parameter.grad, average=True)
@@ -149,7 +157,7 @@ def gathered(module):
 
 
 def sync_gradients(module, on):
-    """Whether backward passes average gradients over the ranks, or only accumulate those of this rank."""
+    """Turns the averaging of gradients over the ranks in backward passes on or off."""
     if is_sharded(module):
         module.set_requires_gradient_sync(on)
     else:
@@ -162,7 +170,7 @@ def sync_gradients(module, on):
 def start(device='auto', seed=0):
     """Joins the process group if torchrun started this process, seeds torch, and returns the torch.device.
 
-    device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'mps', … Raises UserError if it is not available.
+    device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'. Raises UserError if it is not available.
     """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -315,7 +323,7 @@ def progress(total, initial=0, label='', images_per_step=1):
 # errors
 
 OUT_OF_MEMORY = ('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED'
-                 '|DataLoader worker')          # whose death is most often that
+                 r'|DataLoader worker \(pid')   # whose death is most often that
 
 
 def run(main):

@@ -11,17 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from util.checkpoint import Log
-from util.runtime import all_reduce_max, barrier, dtype_of, mean_terms, progress, say, world_size
+from util.runtime import (
+    all_reduce_max, barrier, check_ranks_agree, dtype_of, mean_terms, progress, say, world_size)
 
 
 def train(run, config, name, step, metrics, flops, train_step, validate, save, validate_after=0):
     """Trains from `step` to the last one, with logs, validations, checkpoints and a progress bar.
 
     train_step(step) → (loss terms by name, gradient norm), all tensors; validate(step) → metrics;
-    save(step, metrics). Steps count from 0 in train_step() and in the log, otherwise they are those done.
-    run: a namespace with dev, autocast, optimizer and safe_step. name: of the log, OUT_DIR/NAME.jsonl.
-    metrics: those of the last validation. flops: per image. validate_after: the first step that may validate.
+    save(step, metrics). train_step() and the log number the steps from 0; elsewhere `step` is how many are
+    done. run: a namespace with dev, autocast, optimizer and safe_step. name: the log is OUT_DIR/NAME.jsonl.
+    metrics: those of the last validation. flops: per image. validate_after: no validation up to this step.
+    Raises UserError if the ranks do not start from the same step.
     """
+    check_ranks_agree(f'{name}: the step to continue from', step)
     steps, batch_size = config['steps'], config['batch_size']
     log = Log(f'{config["out_dir"]}/{name}.jsonl', step, config['log_to'], config)
     bar = progress(steps, step, name, images_per_step=batch_size)
@@ -38,7 +41,7 @@ def train(run, config, name, step, metrics, flops, train_step, validate, save, v
                 lr=run.optimizer.param_groups[0]['lr'], **speed.report(step))
             first = next(iter(means))
             bar.set_postfix({'step': step, first: means[first]})
-        if step % config['eval_every'] == 0 and step > validate_after or step == steps:
+        if (step % config['eval_every'] == 0 and step > validate_after) or step == steps:
             metrics = validate(step)
             log(step=step - 1, **{f'val_{key}': value for key, value in metrics.items()})
             speed.start(step)
@@ -54,7 +57,7 @@ def train(run, config, name, step, metrics, flops, train_step, validate, save, v
 # optimisation
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up to `peak`, then a cosine down to a tenth of it at the last step."""
+    """Linear warm-up to `peak`, then a cosine down to a tenth of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
@@ -89,7 +92,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn='match_rms_adamw')
         self.adamw = adamw(module, lr, betas, weight_decay, without=self.matrices)
         super().__init__([{'params': weights}, *self.adamw.param_groups], {'lr': lr})
-        self.adamw.state = self.state                       # one state, in which a weight's is its matrix's
+        self.adamw.state = self.state                       # shared: a weight's entry is its matrix's
         for weight, matrix in self.matrices.items():
             self.muon.state[matrix] = self.state[weight]
 
@@ -118,7 +121,7 @@ def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
 
 
 class SafeStep:
-    """Optimizer steps that skip non-finite gradients without ever waiting for the device.
+    """Optimizer steps that skip non-finite gradients, without waiting for the device (except with Muon).
 
     The counts stay on the device. check() fetches them, and raises after ten skipped steps in a row.
     """
@@ -141,7 +144,7 @@ class SafeStep:
     def __call__(self, networks, lr):
         """Clips, steps, clears the gradients. Returns (gradient norm, whether it is finite), both tensors.
 
-        networks: lists of parameters. Each list is clipped separately, so that spikes in one network do not
+        networks: the parameters of each network. Each is clipped separately, so that spikes in one do not
         shorten the steps of another. A non-finite loss has non-finite gradients, and gradients are averaged
         over the ranks, so all ranks skip the same steps.
         """
