@@ -1,7 +1,7 @@
 """Every configuration fits eight GPUs of 80 GB as it is, and no training step waits for its GPU.
 
-Whole steps run at the real size on a GPU that does not exist (fakegpu.py). `make growth` also runs the slow
-ones and prints the numbers.
+Whole steps run at the real size on a GPU that does not exist (fakegpu.py). `make growth` runs all sizes and
+prints the numbers.
 """
 import os
 
@@ -26,6 +26,8 @@ def test_stage_1_fits_with_the_gan_and_never_waits(name):
 
 @pytest.mark.parametrize('name', growth.STAGE_2)
 def test_stage_2_fits_and_never_waits(name):
+    if name in ('d12', 'd20', 'd24') and 'EVERY_SIZE' not in os.environ:
+        pytest.skip('lies between others; make growth runs it')
     files = f'config/{growth.STAGE_2[name]}.py', f'config/{name}.py'
     with FakeGPU() as gpu:
         _, train, validation, _ = growth.stage2_on_a_gpu(gpu, *files)

@@ -35,6 +35,8 @@ def open_picture(path, least_side):
     """Opens a file as a PIL RGB image, as read_picture() does. Raises UserError if it cannot."""
     try:
         return read_picture(path, least_side)
+    except FileNotFoundError:
+        raise UserError(f'{path!a}: no such picture') from None
     except Exception as error:                              # Pillow raises nearly anything on a broken file
         raise UserError(f'{path!a} cannot be read as a picture: {error!a}') from None
 
