@@ -182,6 +182,7 @@ TABLES = {
     'charts, sampling': lambda: sampling('ablation_charts'),
     'photographs': lambda: quality('ablation_photos'),
     'photographs, sampling': lambda: sampling('ablation_photos'),
+    'photographs, AdamW': lambda: sampling('ablation_photos_adamw'),
     'teacher': lambda: compared(
         ('charts', 'ablation_charts', 'full', 'no_teacher'),
         ('photographs', 'ablation_photos', 'full', 'no_teacher'),
