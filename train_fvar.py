@@ -285,7 +285,7 @@ def main():
         # training
         keys = endless_keys(len(dataset), batch_size, seed, step)
         training.train(
-            run, config, 'fvar', step, metrics, flops_per_image(run),
+            run, config, 'fvar', step, metrics, lambda: flops_per_image(run),
             train_step=lambda step: train_step(run, step, dataset.batch([row for row, _ in next(keys)])),
             validate=lambda step: validate(run, step, dataset, held_out, batch_per_pass),
             save=lambda step, metrics: save(run, step, metrics, dataset))

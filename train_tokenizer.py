@@ -410,7 +410,7 @@ def main():
         if steps == 0:
             save(run, step, metrics, dataset.classes)
         training.train(
-            run, config, 'tokenizer', step, metrics, flops_per_image(),
+            run, config, 'tokenizer', step, metrics, flops_per_image,
             train_step=lambda step: train_step(run, step, next(supply)[0]),
             validate=lambda step: validate(run, step, held_out, batch_per_pass),
             save=lambda step, metrics: save(run, step, metrics, dataset.classes),

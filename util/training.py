@@ -15,21 +15,24 @@ from util.runtime import (
     all_reduce_max, barrier, check_ranks_agree, dtype_of, mean_terms, progress, say, world_size)
 
 
-def train(run, config, name, step, metrics, flops, train_step, validate, save, validate_after=0):
+def train(run, config, name, step, metrics, flops_per_image, train_step, validate, save, validate_after=0):
     """Trains from `step` to the last one, with logs, validations, checkpoints and a progress bar.
 
     train_step(step) → (loss terms by name, gradient norm), all tensors; validate(step) → metrics;
     save(step, metrics). train_step() and the log number the steps from 0; elsewhere `step` is how many are
     done. run: a namespace with dev, autocast, optimizer and safe_step. name: the log is OUT_DIR/NAME.jsonl.
-    metrics: those of the last validation. flops: per image. validate_after: no validation up to this step.
+    metrics: those of the last validation. flops_per_image() is asked only if there is a step to take.
+    validate_after: no validation up to this step.
     Raises UserError if the ranks do not start from the same step.
     """
     check_ranks_agree(f'{name}: the step to continue from', step)
     steps, batch_size = config['steps'], config['batch_size']
     log = Log(f'{config["out_dir"]}/{name}.jsonl', step, config['log_to'], config)
+    if step >= steps:
+        return
     bar = progress(steps, step, name, images_per_step=batch_size)
     saving = Saving(config['save_every'], config['save_seconds'])
-    speed = Speed(batch_size, flops, peak_flops(run.dev, run.autocast))
+    speed = Speed(batch_size, flops_per_image(), peak_flops(run.dev, run.autocast))
     speed.start(step)
     while step < steps:
         terms, norm = train_step(step)
