@@ -84,13 +84,15 @@ def check_type(name, value, default):
     """Converts a value to the type of its default (int → float, list → tuple). UserError if it does not fit.
 
     Numbers must be finite, and may be negative only if the default is (−1 often means automatic). Items of a
-    tuple are like the first of its default.
+    tuple are like the first of its default. A ~ at the start of a text is the home folder.
     """
     wanted = type(default)
     if (wanted, type(value)) in ((float, int), (tuple, list)):
         value = wanted(value)
     if type(value) is not wanted:
         raise UserError(f'--{name} takes {wanted.__name__} (default {default!r}); got {value!r}')
+    if wanted is str:
+        return os.path.expanduser(value)
     if wanted in (int, float) and not min(default, 0) <= value < 2 ** 63:
         raise UserError(f'--{name}={value}: must be at least {min(default, 0)} and less than 2^63')
     if wanted is tuple and default:
@@ -101,7 +103,7 @@ def check_type(name, value, default):
 def parse_value(name, text, default):
     """Converts text from the command line to the default's type. Strings need no quotes."""
     if isinstance(default, str):
-        return text
+        return check_type(name, text, default)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):

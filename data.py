@@ -6,7 +6,7 @@
     images, labels = evenly_spaced(val, 64)                           # centre crops, one batch
 
 Images stay uint8 (3, S, S) until they are on the device; normalize() makes them float in [−1, 1]. The order
-of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even on
+of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even with
 another number of ranks.
 """
 import glob
@@ -77,7 +77,7 @@ def pictures_below(folder):
 
 
 def report_left_out(folder, files):
-    """Says in one line how many files of a folder are not used, and names three."""
+    """Says in one line how many files of a folder are not used, and names up to three."""
     if files:
         runtime.say(f'warning: {folder!a}: left out {len(files)} files that are not pictures or not in a '
                     f'class folder, such as {files[:3]!a}')
@@ -130,11 +130,11 @@ class ImageFolder:
 
     Unreadable files are skipped: each is named in one line on stderr and marked in `skipped` (N,), and the
     next readable file takes its place. Raises UserError if the split, its classes or their pictures are
-    missing, if train lacks a class, if no file can be read, and if the ranks find different files.
+    missing, if train lacks a class, if no file can be read, or if the ranks find different files.
     """
 
     def __init__(self, root, split, image_size, flip=False, seed=0):
-        folder, train = (os.path.join(os.path.expanduser(root), name) for name in (split, 'train'))
+        folder, train = (os.path.join(root, name) for name in (split, 'train'))
         names = class_folders(folder)
         if not names:
             raise UserError(f"{folder!a}: no such folder, or it has no class folders; data must be 'charts' "
@@ -196,8 +196,8 @@ def open_dataset(data, split, image_size, count=None, flip=False, seed=0):
     """'charts' (count images; by default 12,000 for train and 1,000 for val), or a folder of images (all).
 
     'charts:4000' has 4,000 for train. flip and seed are for the random crops of a folder; charts are always
-    the same. Raises UserError if that is not a number, and warns if most pictures of a folder, judging by
-    eight of them, have less than a quarter of the full contrast.
+    the same. Raises UserError unless what follows the colon is a positive number, and warns if most
+    pictures of a folder, judging by eight of them, have less than a quarter of the full contrast.
     """
     name, _, train_count = data.partition(':')
     if name == 'charts':
@@ -275,12 +275,11 @@ def leave_signals_to_training(worker):
 
 def balanced_labels(num_classes, count, seed):
     """VAR's protocol: labels (count,) with every class equally often, shuffled. UserError if impossible."""
-    each, rest = divmod(count, num_classes)
-    if rest or not each:
+    if count % num_classes:
         raise UserError(f'{count} samples cannot be shared equally by {num_classes} classes: '
                         f'use a multiple of {num_classes}')
     order = torch.randperm(count, generator=runtime.generator(seed, 'order of the classes'))
-    return torch.arange(num_classes).repeat(each)[order]
+    return order % num_classes
 
 
 def sample_generators(seed, numbers):
@@ -299,16 +298,15 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
     ranks' settings differ.
     """
     runtime.check_ranks_agree(f'what {path} is made with', made_with)
-    path, description = Path(path), Path(f'{path}.json')
-    size = rows * columns * np.dtype(dtype).itemsize
+    description = f'{path}.json'
+    row = np.full(columns, not_yet, dtype)
     known = read_json(description) or {}
-    kept = known == made_with and path.is_file() and path.stat().st_size == size
+    kept = known == made_with and path.is_file() and path.stat().st_size == rows * row.nbytes
     if runtime.rank() == 0 and not kept:
         if path.exists():
             changed = [name for name in made_with if known.get(name) != made_with[name]] or ['its size']
             runtime.say(f'{path} was made with other settings ({", ".join(changed)}): starting again')
         close_table(path)
-        row = np.full(columns, not_yet, dtype)
         with atomic_write(path) as file:                    # in full: on a full disk a memory map would crash
             for _ in range(rows):
                 file.write(row)
@@ -321,7 +319,7 @@ def undone_batches(table, batch_size, not_yet):
     """This rank's part of the unfinished batches: ranges of rows, the same for any number of ranks."""
     rows = range(len(table))
     batches = [rows[i:i + batch_size] for i in rows[::batch_size]]
-    undone = [batch for batch in batches if (table[batch.start:batch.stop, -1] == not_yet).any()]
+    undone = [batch for batch in batches if (table[batch, -1] == not_yet).any()]
     runtime.barrier()                                       # no rank may write before all have looked
     return undone[runtime.rank()::runtime.world_size()]
 
@@ -329,7 +327,7 @@ def undone_batches(table, batch_size, not_yet):
 def close_table(path):
     """Deletes the files of open_table()."""
     Path(f'{path}.json').unlink(missing_ok=True)
-    Path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -345,7 +343,7 @@ class TokenDataset:
     """
 
     def __init__(self, folder, split, tokenizer_digest=None):
-        self.path = Path(folder).expanduser() / f'{split}.bin'
+        self.path = Path(folder, f'{split}.bin')
         try:
             meta = self.meta = read_json(self.path.with_suffix('.json'))
             self.classes = meta['classes']

@@ -47,9 +47,8 @@ def feather(mask, margin=2):
     Every pixel outside stays as it was. There is no ramp at the picture's own borders. Where the mask is too
     thin for the ramp, the weight is scaled to reach 1 in its middle.
     """
-    outside = 1 - mask
     ramp = [
-        1 - widen(outside, distance)
+        -widen(-mask, distance)                             # the smallest value nearby
         for distance in range(margin + 1)]
     weight = sum(ramp) / len(ramp)
     return weight / widen(weight, margin).clamp(min=0.1)
@@ -92,10 +91,9 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
     what the blur preserved; `noise` is for it, 0 skips it. labels (B,) and sampling: as in edit(). Raises
     UserError if the radius is outside the tokenizer's focus states, or if it has none.
     """
-    known = known_states(tokenizer.radii, radius)
     further = [
         math.sqrt(max(0.0, r * r - radius * radius))
-        for r in known]
+        for r in known_states(tokenizer.radii, radius)]
     given = tokenizer.encode(blurred, radii=further)
     _, images = student.generate(tokenizer, labels, given=given, **sampling)
     if noise == 0:
@@ -125,8 +123,7 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     mirrored = F.pad(images - mean, (0, S - 2) * 2, mode='reflect')
     weight = psf(radius, kernel).to(images)
     half = len(weight) // 2
-    centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2)
-    centred = centred.roll((-half, -half), (0, 1))
+    centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2).roll((-half, -half), (0, 1))
     H = torch.fft.rfft2(centred).real                       # the PSF is symmetric, so H is real
     spectrum = torch.fft.rfft2(mirrored) * H / (H * H + noise)
     restored = torch.fft.irfft2(spectrum)

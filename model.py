@@ -314,9 +314,11 @@ class VAR(nn.Module):
         tokens, f_hat = self.sample(tokenizer.quantizer, labels, randoms, gumbels, cfg, top_k, top_p, given)
         tokens = [token_map.clone() for token_map in tokens]    # a replayed CUDA graph overwrites its outputs
         if per_picture and not smooth:                      # one by one: last bits depend on the batch size
-            images = [tokenizer.decode([token_map[i:i + 1] for token_map in tokens]) for i in range(B)]
-            return tokens, torch.cat(images)
-        return tokens, tokenizer.decode_features(f_hat).clamp(-1, 1)
+            parts = zip(*(token_map.split(1) for token_map in tokens))
+            images = torch.cat([tokenizer.decode(part) for part in parts])
+        else:
+            images = tokenizer.decode_features(f_hat).clamp(-1, 1)
+        return tokens, images.float()
 
     def sample(self, quantizer, labels, randoms, gumbels, cfg, top_k, top_p, given):
         """The loop of generate() for given random numbers: (tokens, f̂_K). One graph; it waits for nothing.
@@ -419,15 +421,15 @@ def smooth_codes(logits, progress, codes, exponential):
 SAMPLING_BYTES = 16 * 2 ** 30
 
 
-def pictures_at_once(student, most=50):
-    """How many pictures to sample or score at a time: at most `most`, and no more than fit into 16 GiB.
+def pictures_at_once(student):
+    """How many pictures to sample or score at a time: at most 50, and no more than fit into 16 GiB.
 
     A picture needs keys and values of all blocks and a few copies of its last map's logits, all twice for
     cfg.
     """
     cached = 2 * len(student.blocks) * sum(student.lengths) * student.head.in_features
     logits = 6 * student.lengths[-1] * student.head.out_features
-    return max(1, min(most, SAMPLING_BYTES // (4 * 2 * (cached + logits))))
+    return max(1, min(50, SAMPLING_BYTES // (4 * 2 * (cached + logits))))
 
 
 # -----------------------------------------------------------------------------

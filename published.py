@@ -206,4 +206,4 @@ def load_deployed(out_dir, init_from='', tokenizer='', vae='', patch_nums=(), de
         vae_weights, var_weights, patch_nums or published_patch_nums(var_weights))
     classes = [str(number) for number in range(student.num_classes)]
     structure.to(device, memory_format=torch.channels_last)
-    return structure, student.to(device), {'config': {'data': ''}, 'step': 0}, {'classes': classes, 'step': 0}
+    return structure, student.to(device), {'step': 0}, {'classes': classes, 'step': 0}

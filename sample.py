@@ -14,7 +14,7 @@
 Reads only tokenizer.pt and student.pt: neither the teacher nor the training images are needed. Writes
 samples.png and focus.gif to out_dir; or edit.png, outpaint.png or refocus.png, which show the photo next to
 per_class results, and each result in a file of its own (edit-1.png, …). Photos are cropped to a square of the
-student's image size; pixels are counted in that square.
+student's image size (for --outpaint, to the space inside the margins); pixels are counted in that square.
 
 --num_samples follows VAR's protocol: equally many samples per class, shuffled, as uint8 NHWC in arr_0 of an
 .npz, with the classes in arr_1 and the settings in made_with. A sample's random numbers depend only on the
@@ -68,7 +68,7 @@ top_p = 0.96                    # keep the most likely codes up to this total pr
 smooth = False                  # Gumbel-softmax mixtures of codes: smoother pictures, not for FID
 # system
 compile = False                 # compile the sampling loop: takes minutes, pays off for many samples
-batch_size = 0                  # pictures per batch; 0: 50, or as many as fit in 16 GiB
+batch_size = 0                  # pictures per batch, if not of a photo; 0: 50, or what fits in 16 GiB
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'float32'               # auto | float32 | bfloat16 | float16
 config = configure(globals())
@@ -97,7 +97,7 @@ def check_settings():
 
 
 def choose_classes(names):
-    """The numbers of the classes to sample; no class is one more than the last.
+    """The numbers of the classes to sample; "no class" is the number after the last.
 
     Raises UserError for a class that the student does not have.
     """
@@ -114,7 +114,7 @@ def choose_classes(names):
     raise UserError(f'--class and --classes take numbers from 0 to {len(names) - 1}, or none; got {asked}')
 
 
-def draw(structure, student, names, autocast, dev):
+def draw(structure, student, names, dev):
     """Writes pictures of the chosen classes, or edited photos, and says where. names: of all classes."""
     chosen = choose_classes(names)
     names = [*names, 'no class']
@@ -123,20 +123,18 @@ def draw(structure, student, names, autocast, dev):
     if chosen == [student.num_classes]:
         options['cfg'] = 0
     if edit or refocus:
-        with autocast():
-            files = edit_photo(structure, student, labels, options)
+        files = edit_photo(structure, student, labels, options)
     else:
         row_names = [legible(names[c]) or str(c) for c in chosen]
-        files = sample_classes(structure, student, labels, row_names, autocast, options)
+        files = sample_classes(structure, student, labels, row_names, options)
     runtime.say(f'wrote {files}: ' + ', '.join(f'class {c} ({names[c]!r})' for c in chosen))
 
 
-def sample_classes(structure, student, labels, row_names, autocast, options):
+def sample_classes(structure, student, labels, row_names, options):
     """Writes samples.png, a row of per_class pictures for each of row_names, and focus.gif; returns both
     names."""
-    with autocast():
-        samples = [student.generate(structure, batch, **options)
-                   for batch in labels.split(batch_size or pictures_at_once(student))]
+    samples = [student.generate(structure, batch, **options)
+               for batch in labels.split(batch_size or pictures_at_once(student))]
     tokens, images = zip(*samples)
     images = torch.cat(images)
     save_png(f'{out_dir}/samples.png', picture_grid(images, per_class, row_names))
@@ -203,7 +201,7 @@ def write_samples(path, structure, student, student_step, autocast, dev):
     partial = path.with_suffix('.partial')
     labels = balanced_labels(student.num_classes, num_samples, seed)
     made_with = {
-        'num_samples': num_samples, 'seed': seed, **sampling, 'dtype': dtype, 'device': dev.type,
+        'num_samples': num_samples, 'seed': seed, **sampling, 'dtype': str(runtime.dtype_of(autocast)), 'device': dev.type,
         'torch': torch.__version__, 'student_step': student_step, 'image_size': size,
         'student': digest(student.state_dict()), 'tokenizer': digest(structure.state_dict()),
     }
@@ -220,7 +218,7 @@ def write_samples(path, structure, student, student_step, autocast, dev):
     if runtime.rank() == 0:
         images = table[:, :-1].reshape(-1, size, size, 3)
         with atomic_write(path) as file:
-            np.savez(file, images, labels.numpy(), made_with=np.array(json.dumps(made_with)))
+            np.savez(file, images, labels.numpy(), made_with=json.dumps(made_with))
         close_table(partial)
         runtime.say(f'wrote {path}: {num_samples} pictures, {num_samples // student.num_classes} per class')
     runtime.barrier()
@@ -253,7 +251,8 @@ def main():
     elif export:
         export_weights(structure, student)
     else:
-        draw(structure, student, checkpoint['classes'], autocast, dev)
+        with autocast():
+            draw(structure, student, checkpoint['classes'], dev)
 
 
 if __name__ == '__main__':

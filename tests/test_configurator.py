@@ -120,6 +120,7 @@ def test_an_imported_script_keeps_its_defaults_and_a_started_one_does_not(toy_fi
     ('--name=7', '7'),
     ('--name=', ''),
     ('--name=a=b c', 'a=b c'),
+    ('--name=~/run', os.path.expanduser('~/run')),
 ])
 def test_a_value_takes_the_type_of_its_default(toy, argument, value):
     name = argument[2:].partition('=')[0]

@@ -1006,7 +1006,7 @@ def fails(error):
         (
             RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
             1,
-            'out of memory: lower --batch_size or --workers',
+            'out of memory: lower --batch_size, --per_class or --workers',
         ),
         (OSError(errno.ENAMETOOLONG, 'File name too long', 'a' * 300), 2, 'a' * 300 + ': File name too long'),
         (OSError(errno.ENOSPC, 'No space left on device'), 1, 'disk full while writing a file'),

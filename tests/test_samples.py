@@ -279,6 +279,17 @@ def test_the_classes_that_are_sampled_are_named(sample, trained):
     assert status == 0 and out.splitlines()[-2].endswith("… 1: class 3 ('no class')"), err
 
 
+def test_in_16_bits_pictures_are_still_float32_and_everything_can_be_drawn(sample, trained):
+    structure, student, *_ = published.load_deployed(str(trained))
+    for generator in (None, sample_generators(0, range(2))):
+        with torch.autocast('cpu', torch.bfloat16):
+            _, images = student.generate(structure, torch.tensor([0, 1]), generator=generator)
+        assert images.dtype == torch.float32
+    for arguments in ([], ['--edit=brick', '--mask=4,4,12,12'], ['--refocus=brick', '--radius=0.7']):
+        status, _, err = sample('--dtype=bfloat16', '--per_class=1', *arguments)
+        assert status == 0, err
+
+
 def test_pictures_without_a_class(sample, trained):
     status, out, err = sample('--classes=none', '--per_class=3')
     assert status == 0 and 'samples.png (3 pictures)' in out and "focus.gif: class 3 ('no class')" in out, err

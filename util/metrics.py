@@ -17,12 +17,11 @@ from util.runtime import to_device
 # pairs of images
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB, averaged over the images; infinite for equal ones.
+    """Peak signal-to-noise ratio in dB, averaged over the images; infinite if any two are equal.
 
     a, b (B, 3, H, W) in [−1, 1], so the peak is 2.
     """
-    error = (a.float() - b.float()).square()
-    error = error.flatten(1).mean(1)
+    error = (a.float() - b.float()).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error)).mean().item()
 
 
@@ -36,7 +35,7 @@ def ssim(a, b):
     if min(H, W) < 11:
         raise UserError(f'SSIM needs images of at least 11 × 11 pixels, got {H} × {W}')
     window = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / 4.5)
-    window = window / window.sum()
+    window /= window.sum()
     # windowed means as matrix products; float64, because variances are small differences of large numbers
     down, across = (
         torch.eye(n, dtype=torch.float64).unfold(1, 11, 1) @ window
@@ -181,8 +180,7 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
     with runtime.progress(steps, label='cnn', images_per_step=batch) as bar:
         for _ in range(steps):
             picks = torch.randint(len(images), (batch,), generator=generator)
-            x = to_device(images[picks], device)
-            x = normalize(x).contiguous(memory_format=torch.channels_last)
+            x = normalize(to_device(images[picks], device)).contiguous(memory_format=torch.channels_last)
             if augment:
                 x = mirror_and_shift(x, generator)
             loss = F.cross_entropy(cnn(x), to_device(labels[picks], device))
@@ -195,7 +193,7 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
 
 
 @torch.no_grad()
-def cnn_statistics(cnn, images, labels=None):
+def cnn_statistics(cnn, images, labels):
     """statistics() of the CNN's features of uint8 images, and its accuracy on their labels, if any."""
     device = cnn.head.weight.device
     features = torch.cat([

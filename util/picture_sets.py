@@ -80,10 +80,9 @@ def read_folder(path, image_size, classes=()):
     if not files:
         raise UserError(f'{path}: no pictures in this folder')
     report_left_out(path, others)
-    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    for i, file in enumerate(files):
-        pixels = np.array(open_photo(file, image_size))
-        images[i:i + 1] = to_images(file, pixels[None], image_size)
+    images = torch.cat([
+        to_images(file, np.array(open_photo(file, image_size))[None], image_size)
+        for file in files]).contiguous()
     # sorted by name they would be in class order, which says nothing about how the samples were made
     order = torch.randperm(len(files), generator=runtime.generator('order of the files'))
     folders = [os.path.relpath(file, path).split(os.sep)[0] for file in files]
@@ -127,7 +126,7 @@ def fingerprint(images):
 # flaws that would mislead: functions that return warnings, one line each
 
 def check_count(what, count, num_features):
-    """About the number of images in a set, `what`. num_features: of the network behind the distance."""
+    """Warnings about the number of images in a set, `what`. num_features: of the network behind the distance."""
     if count <= num_features:
         return [f'{count} {what} for {num_features} features: their covariance is singular and the distance '
                 f'far too high; compare only with runs that have as many']
@@ -138,7 +137,7 @@ def check_count(what, count, num_features):
 
 
 def check_samples(images, labels, num_classes, reference=(), path=''):
-    """About samples (N, 3, H, W) with labels (N,) or None. Raises UserError if N < 10.
+    """Warnings about samples (N, 3, H, W) with labels (N,) or None. Raises UserError if N < 10.
 
     reference: the images that distances are measured against. path: the folder the samples come from.
     """

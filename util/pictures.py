@@ -217,7 +217,7 @@ def save_png(path, picture):
 
 def save_gif(path, frames):
     """PIL frames → an endless GIF: half a second per frame, two for the last."""
-    first, *rest = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    first, *rest = frames
     milliseconds = [500] * len(rest) + [2000]
     with atomic_write(path) as file:
         first.save(

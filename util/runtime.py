@@ -348,8 +348,8 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not re.search(OUT_OF_MEMORY, repr(error)):
             raise
-        fail('out of memory: lower --batch_size or --workers; in training, raise --grad_accum_steps or set '
-             '--grad_checkpoint=True', 1)
+        fail('out of memory: lower --batch_size, --per_class or --workers; in training, raise '
+             '--grad_accum_steps or set --grad_checkpoint=True', 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
