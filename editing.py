@@ -121,7 +121,7 @@ def wiener(images, radius, kernel='disk', noise=1e-3):
     S = images.shape[-1]
     mean = images.mean((2, 3), keepdim=True)
     mirrored = F.pad(images - mean, (0, S - 2) * 2, mode='reflect')
-    weight = psf(radius, kernel).to(images)
+    weight = psf(radius, kernel, images.device).to(images)
     half = len(weight) // 2
     centred = F.pad(weight, (0, mirrored.shape[-1] - len(weight)) * 2).roll((-half, -half), (0, 1))
     H = torch.fft.rfft2(centred).real                       # the PSF is symmetric, so H is real

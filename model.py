@@ -174,7 +174,7 @@ class VAR(nn.Module):
     drop_path: drop rate of the last block, growing linearly from 0. −1 means VAR's 0.1·depth/24.
     """
 
-    def __init__(self, patch_nums, vocab_size=8192, codebook_dim=32, num_classes=1000, depth=16, embed_dim=0,
+    def __init__(self, patch_nums, vocab_size, codebook_dim, num_classes=1000, depth=16, embed_dim=0,
                  num_heads=0, mlp_ratio=4.0, qk_norm=True, shared_aln=False, drop_path=-1.0):
         super().__init__()
         embed_dim = embed_dim or 64 * depth
@@ -267,13 +267,12 @@ class VAR(nn.Module):
                                     drop_path_mask=factors, grad_checkpoint=self.grad_checkpoint))
         return stream, condition
 
-    def forward(self, labels, inputs, drop_path_mask=None):
+    def forward(self, labels, inputs):
         """Teacher-forced logits (B, L, V).
 
-        labels (B,) int64, num_classes for "no class"; inputs (B, L − p_1², C) from tokenizer.token_inputs;
-        drop_path_mask, in training, from the method of that name.
+        labels (B,) int64, num_classes for "no class"; inputs (B, L − p_1², C) from tokenizer.token_inputs.
         """
-        stream, condition = self.hidden(labels, inputs, drop_path_mask)
+        stream, condition = self.hidden(labels, inputs)
         return self.logits(stream[-1], condition)
 
     # -- sampling
@@ -339,7 +338,7 @@ class VAR(nn.Module):
         start = 0
         for k, p in enumerate(self.patch_nums):
             if k:
-                inputs = area(f_hat, p).flatten(2).transpose(1, 2)
+                inputs = area(f_hat, p).flatten(2).mT
                 x = self.word_embed(inputs.repeat(2, 1, 1) if cfg else inputs)
             x = x + self.position(start, start + p * p)
             for block, modulation, cache in zip(self.blocks, modulations, caches):
@@ -353,12 +352,11 @@ class VAR(nn.Module):
             logits = filter_logits(logits, top_k, top_p)
             known = given[k] >= 0
             tokens.append(torch.where(known, given[k], sample_tokens(logits, randoms[k])))
-            chosen = quantizer.codebook.lookup(tokens[k])
+            chosen = quantizer.codebook(tokens[k])
             if gumbels[k] is not None:
                 mixture = smooth_codes(logits, progress, codes, gumbels[k])
-                mixture = mixture.transpose(1, 2).unflatten(2, (p, p))
-                chosen = torch.where(known.view(-1, 1, p, p), chosen, mixture)
-            f_hat = f_hat + quantizer.refine(chosen, k)
+                chosen = torch.where(known[..., None], chosen, mixture)
+            f_hat = f_hat + quantizer.refine(chosen.mT.unflatten(2, (p, p)), k)
         return tokens, f_hat
 
 
@@ -397,7 +395,7 @@ def sample_tokens(logits, random):
     """One token per position, (B, n, V) → (B, n), from random numbers; torch.multinomial would wait for a
     GPU.
 
-    random (B, n, V), exponentially distributed: the code with the largest probability per number, which is
+    random (B, n, V), exponentially distributed: the code with the largest ratio of probability to number, which is
     what torch.multinomial computes. random (B, n) float64, uniform in [0, 1): inverts the cumulative
     distribution in float64, so logits that differ in their last bits nearly always give the same code.
     """
@@ -532,9 +530,9 @@ def distillation_loss(student_logits, teacher_logits, student_features, teacher_
     LayerNorm, which is how every later layer sees them: bare residual streams drift apart in size.
     kl: KL(p_teacher ‖ p_student), mean over positions, in nats.
     """
-    pairs = [(layer_norm(s.float()), layer_norm(t.detach().float()))
-             for s, t in zip(student_features, teacher_features)]
-    feature = sum(F.mse_loss(*pair) for pair in pairs) / len(pairs)
+    features = [F.mse_loss(layer_norm(s.float()), layer_norm(t.detach().float()))
+                for s, t in zip(student_features, teacher_features)]
+    feature = sum(features) / len(features)
     student, teacher = (logits.log_softmax(-1).flatten(0, 1)
                         for logits in (student_logits, teacher_logits.detach()))
     return {'feature': feature, 'kl': F.kl_div(student, teacher, log_target=True, reduction='batchmean')}
@@ -585,7 +583,7 @@ class FVAR(nn.Module):
 def held_out_loss(network, tokenizer, batches, device, autocast):
     """Loss terms of an FVAR averaged over images, with 'ce_per_map' (a list) and 'bits_per_image'.
 
-    In nats per token. batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)); autocast
+    Cross-entropies and KL are in nats per token. batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)); autocast
     is a context factory. Nothing is dropped, and the network stays in eval mode.
     """
     network.eval()

@@ -51,12 +51,12 @@ def gaussian_kernel(sigma):
     """A Gaussian cut off at 3 σ: (n, n), n odd, symmetric, sums to 1. sigma in pixels; σ ≤ 0 is the
     identity."""
     if sigma <= 0:
-        return torch.ones(1, 1)
+        return disk_kernel(0)
     return radial_kernel(lambda r: torch.exp(-0.5 * (r / sigma) ** 2), half=math.ceil(3 * sigma))
 
 
 def radial_kernel(profile, half):
-    offset = torch.arange(-half, half + 1, dtype=torch.float64)
+    offset = torch.arange(-half, half + 1, dtype=torch.float64, device='cpu')   # even where meta is default
     weight = profile(torch.hypot(offset[:, None], offset[None, :]))
     return (weight / weight.sum()).float()
 
@@ -64,15 +64,15 @@ def radial_kernel(profile, half):
 @lru_cache(maxsize=None)                        # or every step would build it and send it to the device
 def psf(radius, kernel, device='cpu'):
     """The kernel for a defocus radius: disk, Gaussian of σ = ρ/2, or identity. Cached: do not modify it."""
-    if torch.device(device).type != 'cpu':
-        return psf(radius, kernel).to(device, non_blocking=True)
     if kernel == 'disk':
-        return disk_kernel(radius)
-    if kernel == 'gaussian':
-        return gaussian_kernel(radius / 2 if radius > 0.5 else 0)
-    if kernel == 'none':
-        return torch.ones(1, 1)
-    raise UserError(f'kernel={kernel!r}: choose disk, gaussian or none')
+        weight = disk_kernel(radius)
+    elif kernel == 'gaussian':
+        weight = gaussian_kernel(radius / 2 if radius > 0.5 else 0)
+    elif kernel == 'none':
+        weight = disk_kernel(0)
+    else:
+        raise UserError(f'kernel={kernel!r}: choose disk, gaussian or none')
+    return weight.to(device, non_blocking=True)
 
 
 # -----------------------------------------------------------------------------
@@ -89,12 +89,11 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
     """
     rho_max = max_radius * image_size / 256
     K = len(patch_nums)
-    if K == 1:
-        return [0.0]
+    last = max(1, K - 1)
     if schedule == 'cosine':
-        radii = [rho_max * (1 + math.cos(math.pi * k / (K - 1))) / 2 for k in range(K)]
+        radii = [rho_max * (1 + math.cos(math.pi * k / last)) / 2 for k in range(K)]
     elif schedule == 'states':
-        radii = [rho_max * (1 + math.cos(math.pi * (3 * k // (K - 1)) / 3)) / 2 for k in range(K)]
+        radii = [rho_max * (1 + math.cos(math.pi * (3 * k // last) / 3)) / 2 for k in range(K)]
     elif schedule == 'matched':
         radii = [rho_max * patch_nums[0] / p for p in patch_nums]
     else:
@@ -107,10 +106,10 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
 # Eq. 1, 3, 4
 
 def reflect_pad(images, margin):
-    if margin >= images.shape[-1]:
-        side = images.shape[-1]
+    side = images.shape[-1]
+    if margin >= side:
         raise UserError(f'a blur of {margin} pixels does not fit an image of {side}: lower it, or max_radius')
-    return F.pad(images, (margin,) * 4, mode='reflect') if margin else images
+    return F.pad(images, (margin,) * 4, mode='reflect')
 
 
 def in_float32(device):
@@ -121,26 +120,24 @@ def in_float32(device):
 def convolve(images, weight, stride=1):
     """images ⋆ weight at the middle of every cell of `stride` pixels, with reflected borders. Dropped pixels
     are never computed."""
-    B, C, H, W = images.shape
     padded = reflect_pad(images, weight.shape[-1] // 2)[..., stride // 2:, stride // 2:]
     # one picture of B·C channels is much faster on CPUs than B·C pictures of one channel
-    channels = padded.reshape(1, B * C, *padded.shape[-2:])
-    kernels = weight.to(images).expand(B * C, 1, -1, -1)
+    channels = padded.flatten(0, 1)
+    kernels = weight.to(images).expand(len(channels), 1, -1, -1)
     with in_float32(images.device):             # bfloat16 would round the picture itself
-        result = F.conv2d(channels, kernels, stride=stride, groups=B * C)
-    return result.reshape(B, C, *result.shape[-2:])
+        result = F.conv2d(channels, kernels, stride=stride, groups=len(channels))
+    return result.unflatten(0, images.shape[:2])
 
 
 def convolve_fft(images, weight):
     """convolve(images, weight) by FFT: cheaper for wide kernels when no pixel is dropped."""
-    margin = weight.shape[-1] // 2
-    (height, width) = images.shape[-2:]
+    margin, side = weight.shape[-1] // 2, images.shape[-1]
     padded = reflect_pad(images, margin)
-    size = [fast_length(n) for n in padded.shape[-2:]]
+    size = [fast_length(side + 2 * margin)] * 2
     spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(weight.to(images), s=size)
     # the kernel sits in the corner, so the result is shifted by one margin on top of the padding's
-    top = left = 2 * margin
-    return torch.fft.irfft2(spectrum, s=size)[..., top:top + height, left:left + width]
+    inside = slice(2 * margin, 2 * margin + side)
+    return torch.fft.irfft2(spectrum, s=size)[..., inside, inside]
 
 
 def fast_length(n):
@@ -171,7 +168,7 @@ def decimate(images, size):
     if side % size == 0:
         step = side // size
         return images[..., step // 2::step, step // 2::step]
-    return F.interpolate(images, (size, size), mode='bicubic', align_corners=False, antialias=False)
+    return F.interpolate(images, size, mode='bicubic')
 
 
 def defocus_decimate(images, radius, size, kernel='disk'):
@@ -196,30 +193,31 @@ def noise_levels(noise, K):
     return [noise[0] + (noise[1] - noise[0]) * k / max(1, K - 1) for k in range(K)]
 
 
-def noise_like(images, k, generator=None):
+def noise_like(images, k, generator):
     """ε of Eq. 3 for token map k (counted from 0), standard normal.
 
-    generator: None, a torch.Generator, or a function (shape, k) → noise, which can tie noise to sample
+    generator: a torch.Generator, or a function (shape, k) → noise, which can tie noise to sample
     numbers.
     """
     if callable(generator):
         return generator(images.shape, k).to(images)
-    device = generator.device if generator else images.device
-    return torch.randn(images.shape, generator=generator, device=device).to(images)
+    return torch.randn(images.shape, generator=generator, device=generator.device).to(images)
 
 
 def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', generator=None):
     """Eq. 3 and 4: lists over k of focused views L_k, downsampled D_k and alias A_k = D_k − L_k.
 
     Each view is (B, C, p_k·f, p_k·f). radii come from focus_radii; noise is (β_1, β_K); generator: see
-    noise_like. kernel='none' blurs nothing: L_k = D_k without noise, so A_k is exactly zero.
+    noise_like, None adds no noise. kernel='none' adds neither blur nor noise: L_k = D_k, and A_k is exactly
+    zero.
     """
-    betas = noise_levels(noise if kernel != 'none' else (0.0, 0.0), len(patch_nums))
+    noisy = generator is not None and kernel != 'none'
+    betas = noise_levels(noise, len(patch_nums))
     focused, downsampled = [], []
     sizes = view_sizes(patch_nums, images.shape[-1])
     for k, (size, radius) in enumerate(zip(sizes, radii)):
         view = defocus_decimate(images, radius, size, kernel)
-        focused.append(view + betas[k] * noise_like(view, k, generator) if betas[k] else view)
+        focused.append(view + betas[k] * noise_like(view, k, generator) if noisy else view)
         downsampled.append(decimate(images, size))
     return focused, downsampled, [D - L for D, L in zip(downsampled, focused)]
 
@@ -227,17 +225,17 @@ def build_pyramid(images, patch_nums, radii, noise=(0.0, 0.0), kernel='disk', ge
 # -----------------------------------------------------------------------------
 # the picture
 
-def plot_pyramid(images, patch_nums, radii, kernel, side=160):
+def plot_pyramid(images, patch_nums, radii, kernel):
     """A labelled PIL picture of the three rows for images (1, 3, S, S)."""
     from util.pictures import picture_grid
 
     focused, downsampled, alias = build_pyramid(images, patch_nums, radii, kernel=kernel)
     alias = [2 * view for view in alias]        # faint, so shown at twice its contrast
-    views = [F.interpolate(view, (side, side), mode='nearest')[0] for view in focused + downsampled + alias]
+    views = [F.interpolate(view, 160, mode='nearest')[0] for view in focused + downsampled + alias]
     labels = [f'k={k}  blur {radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}'
               for k, (p, radius) in enumerate(zip(patch_nums, radii), start=1)]
-    rows = ('L: focused', 'D: downsampled', 'A = D - L (twice)')
-    return picture_grid(torch.stack(views), len(patch_nums), rows, labels, side)
+    rows = ('L: focused', 'D: downsampled', 'A = D - L, × 2')
+    return picture_grid(torch.stack(views), len(patch_nums), rows, labels)
 
 
 def main():

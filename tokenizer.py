@@ -7,13 +7,15 @@ StructureTokenizer is VAR's multi-scale residual quantizer, fed with focus state
     f̂_k = f̂_{k−1} + φ_k(bicubic(code(r_k) → p_K))
     focus state k = Decoder(f̂_k) ≈ F_ρk(x),   Decoder(f̂_K) ≈ x
 
-With pyramid='scale' every ρ_k is zero, and this is VAR's own tokenizer, weights included. AliasTokenizer is a
+With pyramid='scale' every ρ_k is zero, and this is VAR's own tokenizer, which takes its
+published weights. AliasTokenizer is a
 plain VQ-VAE over the views A_k that the blur removed. It is used in training only.
 
 Encoder and Decoder follow VQGAN (Esser et al. 2021) as VAR publishes it. Images are (B, 3, S, S) in [−1, 1].
 """
 import math
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from pyramid import (
-    build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like, psf, reflect_pad)
+from pyramid import build_pyramid, defocus, focus_radii, in_float32, noise_levels, noise_like
 from util.checkpoint import blame, load_checkpoint, load_weights
 from util.runtime import to_device
 
@@ -69,11 +70,10 @@ class SpatialAttention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)           # (B, 1, HW, C)
+        qkv = self.qkv(self.norm(x)).unflatten(1, (3, 1, -1)).flatten(-2)
+        q, k, v = qkv.mT.unbind(1)                          # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
+        return x + self.proj(h.mT.reshape_as(x))
 
 
 class Level(nn.Module):
@@ -82,7 +82,7 @@ class Level(nn.Module):
     def __init__(self, width_in, width_out, blocks, attention):
         super().__init__()
         widths = [width_in] + [width_out] * blocks
-        self.blocks = nn.ModuleList(ResBlock(*pair) for pair in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(ResBlock(*pair) for pair in pairwise(widths))
         self.attentions = nn.ModuleList(
             SpatialAttention(width_out) if attention else nn.Identity() for _ in range(blocks))
 
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(*pair, res_blocks, i == last) for i, pair in enumerate(zip([channels, *widths], widths)))
+            Level(*pair, res_blocks, i == last) for i, pair in enumerate(pairwise([channels, *widths])))
         self.samplers = nn.ModuleList([*map(downsample, widths[:-1]), nn.Identity()])
         self.middle = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(codebook_dim, widths[0], 3, padding=1)
         self.middle = middle(widths[0])
         self.levels = nn.ModuleList(
-            Level(*pair, res_blocks + 1, i == 0) for i, pair in enumerate(zip([widths[0], *widths], widths)))
+            Level(*pair, res_blocks + 1, i == 0) for i, pair in enumerate(pairwise([widths[0], *widths])))
         self.samplers = nn.ModuleList([*map(upsample, widths[:-1]), nn.Identity()])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -179,12 +179,12 @@ def compile_convolutions(structure):
 
 def area(x, size):
     """Average pooling to (size, size): how feature maps go down the pyramid."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='area')
+    return x if x.shape[-1] == size else F.interpolate(x, size, mode='area')
 
 
 def bicubic(x, size):
     """Bicubic resizing to (size, size): how code maps return to full size."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic')
+    return x if x.shape[-1] == size else F.interpolate(x, size, mode='bicubic')
 
 
 class Codebook(nn.Embedding):
@@ -201,7 +201,7 @@ class Codebook(nn.Embedding):
     def nearest(self, vectors):
         """(B, C, p, p) → index of the nearest code, (B, p²) int64. bfloat16 would make codes tie."""
         with torch.no_grad(), in_float32(vectors.device):
-            z = vectors.float().flatten(2).transpose(1, 2).flatten(0, 1)
+            z = vectors.float().flatten(2).mT.flatten(0, 1)
             codes = self.weight.float()
             norms = codes.square().sum(1)
             found = [(part.square().sum(1, keepdim=True) + norms - 2 * part @ codes.T).argmin(1)
@@ -211,7 +211,7 @@ class Codebook(nn.Embedding):
     def lookup(self, tokens):
         """(B, p²) indices → (B, C, p, p) codes."""
         p = math.isqrt(tokens.shape[1])
-        return self(tokens).transpose(1, 2).unflatten(2, (p, p))
+        return self(tokens).mT.unflatten(2, (p, p))
 
     def histogram(self, tokens):
         """How often each code was used: list of (B, p²) → (K, vocab_size). bincount would synchronise."""
@@ -228,7 +228,7 @@ class Codebook(nn.Embedding):
     def perplexity(self):
         """exp(entropy) of code use per token map, (K,): 1 means collapse, vocab_size means even use."""
         p = self.usage / self.usage.sum(1, keepdim=True).clamp(min=1e-9)
-        return torch.exp(-(p * p.clamp(min=1e-9).log()).sum(1))
+        return torch.special.entr(p).sum(1).exp()
 
     @torch.no_grad()
     def reseed(self, vectors, generator, threshold, finite=True):
@@ -331,10 +331,10 @@ def decode_in_parts(decoder, codes, side, grad_checkpoint, post_quant=nn.Identit
     With gradients the last convolution stays outside: VQGAN's adaptive weight asks for the gradient of its
     weights alone, and inside a checkpoint that would recompute every part.
     """
-    if not torch.is_grad_enabled():
-        return in_parts(lambda part: decoder(post_quant(part)), codes, side, grad_checkpoint)
-    hidden = in_parts(lambda part: decoder.hidden(post_quant(part)), codes, side, grad_checkpoint)
-    return decoder.conv_out(hidden)
+    learns = torch.is_grad_enabled()
+    network = decoder.hidden if learns else decoder
+    decoded = in_parts(lambda part: network(post_quant(part)), codes, side, grad_checkpoint)
+    return decoder.conv_out(decoded) if learns else decoded
 
 
 class StructureTokenizer(nn.Module):
@@ -349,10 +349,9 @@ class StructureTokenizer(nn.Module):
     Raises UserError if image_size, patch_nums and channel_mult do not fit together.
     """
 
-    def __init__(self, image_size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=8192,
-                 codebook_dim=32, channels=160, channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4,
-                 pyramid='focus', focus_input='image', focus_schedule='matched', max_radius=12.0,
-                 kernel='disk', noise=(1e-3, 1e-2), beta=0.25):
+    def __init__(self, image_size, patch_nums, vocab_size, codebook_dim, channels,
+                 channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4, pyramid='focus', focus_input='image',
+                 focus_schedule='matched', max_radius=12.0, kernel='disk', noise=(1e-3, 1e-2), beta=0.25):
         super().__init__()
         check_sizes(image_size, patch_nums, channel_mult)
         if pyramid not in ('focus', 'scale') or focus_input not in ('image', 'view'):
@@ -369,8 +368,7 @@ class StructureTokenizer(nn.Module):
         radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
         self.radii = radii if self.kernel != 'none' else [0.0] * len(patch_nums)
         # refuse an unknown kernel, or one that does not fit the picture, now and not in the first step
-        margin = psf(max(self.radii), kernel).shape[-1] // 2
-        reflect_pad(torch.empty(1, 1, image_size, image_size, device='meta'), margin)
+        defocus(torch.empty(1, 1, image_size, image_size, device='meta'), max(self.radii), kernel)
         self.encoder = Encoder(channels, channel_mult, res_blocks, codebook_dim)
         self.decoder = Decoder(channels, channel_mult, res_blocks, codebook_dim)
         self.pre_quant = nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1)
@@ -392,8 +390,7 @@ class StructureTokenizer(nn.Module):
         """
         radii = self.radii if radii is None else radii
         if self.focus_input == 'view':
-            noise = self.noise if generator is not None else (0.0, 0.0)
-            views, _, _ = build_pyramid(images, self.patch_nums, radii, noise, self.kernel, generator)
+            views, _, _ = build_pyramid(images, self.patch_nums, radii, self.noise, self.kernel, generator)
             return [self.features(view) for view in views]
         noisy = generator is not None and self.kernel != 'none'
         betas = noise_levels(self.noise, len(self.patch_nums))
@@ -438,7 +435,7 @@ class StructureTokenizer(nn.Module):
         """What the transformer reads in training: area(f̂_k → p_{k+1}) for k < K, as (B, L − p_1², C)."""
         states = self.quantizer.accumulate(tokens[:-1])
         pooled = [area(f_hat, p).flatten(2) for f_hat, p in zip(states, self.patch_nums[1:])]
-        return torch.cat(pooled, 2).transpose(1, 2)
+        return torch.cat(pooled, 2).mT
 
     # -- training
 
@@ -452,7 +449,6 @@ class StructureTokenizer(nn.Module):
         state: index of the token map whose focus state is decoded too, into state_picture; None for none.
         """
         features = self.state_features(images, generator)
-        p_K = self.patch_nums[-1]
         targets = [area(f, p) for f, p in zip(features, self.patch_nums)]
         tokens, states, residuals = self.quantizer(targets)
 
@@ -464,7 +460,7 @@ class StructureTokenizer(nn.Module):
                       for p, f_hat, e in zip(self.patch_nums, states, targets)]
             vq = sum(losses) / sum(self.patch_nums)
 
-        decoded = straight_through(states[-1], bicubic(features[-1], p_K))
+        decoded = straight_through(states[-1], features[-1])
         if state is not None:
             # detached: only the decoder learns from this state, not the codes or the encoder
             decoded = torch.cat([decoded, states[state].detach()])
@@ -526,9 +522,8 @@ class AliasTokenizer(nn.Module):
     def views(self, images, generator=None):
         """A_1 … A_{K−1} in image units, each (B, 3, p_k·f, p_k·f). generator: adds the noise of Eq. 3."""
         structure = self._structure[0]
-        noise = structure.noise if generator is not None else (0.0, 0.0)
         _, _, alias = build_pyramid(
-            images, structure.patch_nums, structure.radii, noise, structure.kernel, generator)
+            images, structure.patch_nums, structure.radii, structure.noise, structure.kernel, generator)
         return alias[:-1]
 
     @torch.no_grad()

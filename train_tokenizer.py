@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure
 from data import batches, evenly_spaced, normalize, open_dataset
-from pyramid import defocus, psf
+from pyramid import defocus
 from tokenizer import build_tokenizers, compile_convolutions
 from util import runtime, training
 from util.checkpoint import (
@@ -217,7 +217,8 @@ def train_step(run, step, images):
         terms = {name: terms.get(name, 0) + term.detach() / grad_accum_steps for name, term in found.items()}
         passes.append(out)
     runtime.average_gradients(run.tokenizers)
-    parameters = [tokenizer.parameters() for tokenizer in run.tokenizers.values()]
+    learning = (run.structure, run.alias) if dual else (run.structure,)
+    parameters = [tokenizer.parameters() for tokenizer in learning]
     norm, finite = run.safe_step(parameters, training.learning_rate(step, steps, lr, warmup))
     if lambda_gan and step >= gan_start:
         terms['discriminator'] = discriminator_step(run, passes, finite)
@@ -226,8 +227,8 @@ def train_step(run, step, images):
 
 
 def discriminator_step(run, passes, finite):
-    """One step by the hinge loss, which is returned. Skipped where `finite` (tensor) is false, or its
-    gradient is not."""
+    """One step by the hinge loss, which is returned. Skipped where `finite` (tensor) is false or its own
+    gradient is not finite."""
     run.gan_optimizer.zero_grad(set_to_none=True)           # drops what the generator's loss left there
     total = 0
     for out in passes:
@@ -253,14 +254,16 @@ def update_codebooks(run, passes, finite, step):
     run.alias.track_scale(torch.stack([out.energy for out in passes]).mean(0), finite)
     since = step - warm_start
     reseed = reseed_every and since >= 0 and since % reseed_every == 0 and step < reseed_until * steps
-    used = [(run.structure.quantizer.codebook, [(out.tokens, out.residuals) for out in passes])]
+    structure = [(out.tokens, out.residuals) for out in passes]
+    alias = [(out.alias.tokens, out.alias.features) for out in passes]
+    used = [(run.alias.codebook, [structure, alias])]       # one codebook for both
     if dual:
-        used.append((run.alias.codebook, [(out.alias.tokens, out.alias.features) for out in passes]))
-    for i, (codebook, found) in enumerate(used):
-        hits = sum(codebook.histogram(tokens) for tokens, _ in found)
+        used = [(run.structure.quantizer.codebook, [structure]), (run.alias.codebook, [alias])]
+    for i, (codebook, users) in enumerate(used):
+        hits = sum(codebook.histogram(tokens) for found in users for tokens, _ in found)
         codebook.count(runtime.all_reduce(hits), finite)
         if reseed:
-            maps = zip(*(vectors for _, vectors in found))
+            maps = [parts for found in users for parts in zip(*(vectors for _, vectors in found))]
             everywhere = [runtime.gather(torch.cat(parts).flatten(2).mT.flatten(0, 1)) for parts in maps]
             codebook.reseed(everywhere, runtime.generator(seed, 'dead codes', i, step), dead_below, finite)
 
@@ -381,7 +384,7 @@ def describe(run, dataset):
     runtime.say(f'structure tokenizer {runtime.millions(run.structure)}, alias tokenizer '
                 f'{runtime.millions(run.alias)}, {len(dataset)} images of {len(dataset.classes)} classes, '
                 f'radii {brief(radii, ".2g")}')
-    sharp = [k for k, r in enumerate(radii[:-1], start=1) if psf(r, run.structure.kernel).numel() == 1]
+    sharp = [k for k, radius in enumerate(radii[:-1], start=1) if radius <= 0.5]
     if sharp and max(radii):
         runtime.say(f'note: blur of ≤ ½ pixel is no blur, so token maps {sharp} have no alias for a teacher '
                     'to see; raise max_radius to change that')

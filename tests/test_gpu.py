@@ -12,9 +12,10 @@ import torch._dynamo.testing
 
 import growth
 import editing
+import pyramid
 import encode
 import evaluate
-from util import checkpoint
+from util import checkpoint, runtime
 import sample
 import tokenizer
 import train_fvar
@@ -25,6 +26,7 @@ from fakegpu import FakeGPU
 from model import VAR, build_student, compile_sampling, pictures_at_once
 from test_training import GAN, STAGE1, STAGE2, run, settings_of
 from tokenizer import build_tokenizers
+from util.charts import Charts
 
 CUDA = dict(device='cuda', dtype='bfloat16')
 CHARTS = str(HERE / 'config' / 'charts.py')
@@ -114,6 +116,24 @@ def stage1_steps(gpu, configured, steps, **settings):
 def test_no_step_of_stage_1_waits(gpu, configured, settings):
     """In the warm start, with codes, with dead codes that start anew."""
     assert [waits for _, waits in stage1_steps(gpu, configured, (0, 4, 7), **settings)] == [{}, {}, {}]
+
+
+def test_counting_flops_leaves_no_kernel_without_data(configured, counted):
+    """They are counted on the meta device before the first step; the step would copy its cached kernels to the GPU."""
+    pyramid.psf.cache_clear()
+    configured(train_tokenizer, **STAGE1 | dict(max_radius=64.0))
+    assert train_tokenizer.flops_per_image() > 0
+    for radius in (0.0, 0.5, *pyramid.focus_radii(STAGE1['patch_nums'], STAGE1['image_size'], 64.0)):
+        assert pyramid.psf(radius, 'disk').sum().item() == pytest.approx(1)
+
+
+def test_one_codebook_for_both_tokenizers_counts_the_use_of_both(configured):
+    configured(train_tokenizer, **STAGE1 | dict(dual=False, device='cpu', dtype='float32', warm_start=0, batch_size=8))
+    run = train_tokenizer.set_up(torch.device('cpu'))
+    images = Charts('val', train_tokenizer.image_size, 8).images
+    train_tokenizer.train_step(run, 1, images)
+    maps = sum(p * p for p in run.structure.patch_nums), sum(p * p for p in run.alias.patch_nums)
+    assert run.alias.codebook.usage.sum().item() == pytest.approx(0.01 * len(images) * sum(maps), rel=1e-4)
 
 
 def test_checkpoints_save_memory_with_the_gan_on(gpu, configured, monkeypatch):
@@ -210,7 +230,8 @@ def test_encoding_waits_once_a_batch_for_its_rows(gpu, models, tmp_path, monkeyp
     for name, value in dict(out_dir=str(tmp_path), data='charts:12', batch_size=4, crops=1).items():
         monkeypatch.setattr(encode, name, value)
     monkeypatch.setattr(encode, 'digest', lambda state: '')
-    encode.encode_split('train', structure, alias, {'config': {'data': ''}}, gpu.device, nullcontext)
+    autocast, _ = runtime.precision('float32', gpu.device)
+    encode.encode_split('train', structure, alias, {'config': {'data': ''}}, gpu.device, autocast)
     assert dict(+gpu.waits) == {'download': 3} and (tmp_path / 'tokens' / 'train.bin').stat().st_size == 12 * (49 + 13 + 1) * 2
 
 

@@ -145,7 +145,7 @@ def read_weights(path, shared=False):
     """Loads tensors and plain values to the CPU and never runs code. Raises UserError for a damaged file,
     FileNotFoundError and PermissionError as they are.
 
-    shared: maps the file into memory, so that the ranks of a machine share one copy, which is read-only.
+    shared: maps the file into memory, so that the ranks of a machine share one copy: do not write to it.
     """
     try:
         is_zip = zipfile.is_zipfile(path)

@@ -1,6 +1,6 @@
 """Shared by all scripts: ranks, device, precision, random numbers, progress, errors.
 
-Nothing here knows about images or tokens. Each process is one rank; without torchrun there is only one.
+Nothing here knows about networks. Each process is one rank; without torchrun there is only one.
 """
 import errno
 import hashlib
@@ -167,7 +167,7 @@ def sync_gradients(module, on):
 # -----------------------------------------------------------------------------
 # device and precision
 
-def start(device='auto', seed=0):
+def start(device, seed=0):
     """Joins the process group if torchrun started this process, seeds torch, and returns the torch.device.
 
     device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'. Raises UserError if it is not available.
@@ -268,7 +268,7 @@ def random_numbers(distribution, shape, numbers, device, *stream):
     """Random numbers (len(numbers), *shape) for the samples with these numbers, generated on the device.
 
     distribution: torch.rand or torch.randn. A sample's random numbers depend only on the stream (integers and
-    strings) and its number, so they are the same for any number of ranks or passes. Device types differ.
+    strings) and its number, so they are the same for any number of ranks or passes. Other types of devices give other numbers.
     """
     rng = torch.Generator(device)
     return torch.stack([distribution(shape, generator=rng.manual_seed(seed_of(*stream, n)), device=device)

@@ -21,7 +21,7 @@ def train(run, config, name, step, metrics, flops_per_image, train_step, validat
     train_step(step) → (loss terms by name, gradient norm), all tensors; validate(step) → metrics;
     save(step, metrics). train_step() and the log number the steps from 0; elsewhere `step` is how many are
     done. run: a namespace with dev, autocast, optimizer and safe_step. name: the log is OUT_DIR/NAME.jsonl.
-    metrics: those of the last validation. flops_per_image() is asked only if there is a step to take.
+    metrics: those of the last validation. flops_per_image() is called only if there is a step to take.
     validate_after: no validation up to this step.
     Raises UserError if the ranks do not start from the same step.
     """
@@ -114,7 +114,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
     """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest.
 
-    Raises UserError for another name. Convolutions among muon_weights are in channels-last memory.
+    Raises UserError for another name. Convolutions among muon_weights must be in channels-last memory.
     """
     if name == 'adamw':
         return adamw(module, lr, betas, weight_decay)
@@ -187,9 +187,9 @@ class SafeStep:
 # saving and stopping
 
 class Saving:
-    """Decides when to save a run: every so many steps or seconds (0: never), at its end and before it stops.
+    """Decides when to save a run: every so many steps, or seconds (0: never), at its end and before it stops.
 
-    From then on, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
+    Once it exists, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
     SIGINT stops at once. A signal to any rank stops all.
     """
 
