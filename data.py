@@ -6,8 +6,8 @@
     images, labels = evenly_spaced(val, 64)                           # centre crops, one batch
 
 Images stay uint8 (3, S, S) until they are on the device; normalize() makes them float in [−1, 1]. The order
-of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even with
-another number of ranks.
+of samples and their crops depend only on (seed, sample number), so a resumed run sees the same data, even
+with another number of ranks.
 """
 import glob
 import itertools

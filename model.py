@@ -395,8 +395,8 @@ def sample_tokens(logits, random):
     """One token per position, (B, n, V) → (B, n), from random numbers; torch.multinomial would wait for a
     GPU.
 
-    random (B, n, V), exponentially distributed: the code with the largest ratio of probability to number, which is
-    what torch.multinomial computes. random (B, n) float64, uniform in [0, 1): inverts the cumulative
+    random (B, n, V), exponentially distributed: the code with the largest ratio of probability to number,
+    which is what torch.multinomial computes. random (B, n) float64, uniform in [0, 1): inverts the cumulative
     distribution in float64, so logits that differ in their last bits nearly always give the same code.
     """
     probabilities = logits.softmax(-1)
@@ -583,8 +583,9 @@ class FVAR(nn.Module):
 def held_out_loss(network, tokenizer, batches, device, autocast):
     """Loss terms of an FVAR averaged over images, with 'ce_per_map' (a list) and 'bits_per_image'.
 
-    Cross-entropies and KL are in nats per token. batches yields (structure tokens (B, L), alias tokens (B, La), labels (B,)); autocast
-    is a context factory. Nothing is dropped, and the network stays in eval mode.
+    Cross-entropies and KL are in nats per token. batches yields (structure tokens (B, L), alias tokens
+    (B, La), labels (B,)); autocast is a context factory. Nothing is dropped, and the network stays in eval
+    mode.
     """
     network.eval()
     sums, count = {}, 0

@@ -201,7 +201,8 @@ def write_samples(path, structure, student, student_step, autocast, dev):
     partial = path.with_suffix('.partial')
     labels = balanced_labels(student.num_classes, num_samples, seed)
     made_with = {
-        'num_samples': num_samples, 'seed': seed, **sampling, 'dtype': str(runtime.dtype_of(autocast)), 'device': dev.type,
+        'num_samples': num_samples, 'seed': seed, **sampling,
+        'dtype': str(runtime.dtype_of(autocast)), 'device': dev.type,
         'torch': torch.__version__, 'student_step': student_step, 'image_size': size,
         'student': digest(student.state_dict()), 'tokenizer': digest(structure.state_dict()),
     }

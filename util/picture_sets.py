@@ -126,7 +126,10 @@ def fingerprint(images):
 # flaws that would mislead: functions that return warnings, one line each
 
 def check_count(what, count, num_features):
-    """Warnings about the number of images in a set, `what`. num_features: of the network behind the distance."""
+    """Warnings about the number of images in a set, `what`.
+
+    num_features: of the network behind the distance.
+    """
     if count <= num_features:
         return [f'{count} {what} for {num_features} features: their covariance is singular and the distance '
                 f'far too high; compare only with runs that have as many']

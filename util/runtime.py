@@ -268,7 +268,8 @@ def random_numbers(distribution, shape, numbers, device, *stream):
     """Random numbers (len(numbers), *shape) for the samples with these numbers, generated on the device.
 
     distribution: torch.rand or torch.randn. A sample's random numbers depend only on the stream (integers and
-    strings) and its number, so they are the same for any number of ranks or passes. Other types of devices give other numbers.
+    strings) and its number, so they are the same for any number of ranks or passes. Other types of devices
+    give other numbers.
     """
     rng = torch.Generator(device)
     return torch.stack([distribution(shape, generator=rng.manual_seed(seed_of(*stream, n)), device=device)

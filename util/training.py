@@ -189,8 +189,8 @@ class SafeStep:
 class Saving:
     """Decides when to save a run: every so many steps, or seconds (0: never), at its end and before it stops.
 
-    Once it exists, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a second
-    SIGINT stops at once. A signal to any rank stops all.
+    Once it exists, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a
+    second SIGINT stops at once. A signal to any rank stops all.
     """
 
     def __init__(self, every, seconds):
