@@ -295,8 +295,10 @@ def open_table(path, made_with, rows, columns, dtype, not_yet):
 
     path: a .partial file. Rows of an interrupted run are kept if PATH.json says that it was made_with the
     same settings (a dictionary of JSON values). Otherwise the file is started again. Raises UserError if the
-    ranks' settings differ.
+    ranks' settings differ, or if they run on several machines, which cannot share a memory map.
     """
+    if int(os.environ.get('LOCAL_WORLD_SIZE', runtime.world_size())) < runtime.world_size():
+        raise UserError(f'{path}: written by the ranks of one machine; start torchrun on one only')
     runtime.check_ranks_agree(f'what {path} is made with', made_with)
     description = f'{path}.json'
     row = np.full(columns, not_yet, dtype)

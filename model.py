@@ -342,7 +342,8 @@ class VAR(nn.Module):
                 x = self.word_embed(inputs.repeat(2, 1, 1) if cfg else inputs)
             x = x + self.position(start, start + p * p)
             for block, modulation, cache in zip(self.blocks, modulations, caches):
-                x = block(x, condition.blocks, cache=cache, modulation=modulation)
+                # not block(): FSDP's hooks would gather its weights again for every map
+                x = block.forward(x, condition.blocks, cache=cache, modulation=modulation)
             logits = self.logits(x, condition)
             start += p * p
 

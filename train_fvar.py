@@ -129,6 +129,7 @@ def set_up(dev, structure, alias, student):
     run.autocast, run.scaler = runtime.precision(dtype, dev)
     run.network = build_network(student, alias).to(dev)
     if compile:
+        torch._dynamo.config.optimize_ddp = False           # it would split the blocks
         for block in blocks_of(run.network):
             block.compile()
     if fsdp:
@@ -161,7 +162,8 @@ def train_step(run, step, batch):
 
     terms, distill_weight = {}, min(1.0, (step + 1) / max(1, distill_warmup))
     for i, part in enumerate(zip(*(t.chunk(grad_accum_steps) for t in everything))):
-        runtime.sync_gradients(run.trained, i == grad_accum_steps - 1)
+        # DDP averages gradients in the last pass; FSDP in each, because whole ones would have to be kept
+        run.trained.require_backward_grad_sync = i == grad_accum_steps - 1
         with run.autocast():
             found = run.trained(*part, distill_weight=distill_weight)
         run.scaler.scale(found['total'] / grad_accum_steps).backward()

@@ -591,6 +591,14 @@ def table_of(tmp_path, **settings):
     return open_table(tmp_path / 'new' / 'a.partial', {'seed': 0} | settings, 5, 3, np.uint16, 9)
 
 
+def test_ranks_of_two_machines_cannot_fill_one_table(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '16')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    with pytest.raises(UserError, match='one machine'):
+        table_of(tmp_path)
+    assert not (tmp_path / 'new').exists()
+
+
 def test_a_table_keeps_what_was_written_and_knows_what_is_missing(tmp_path, monkeypatch):
     table = table_of(tmp_path)
     assert table.tolist() == 5 * [[9, 9, 9]] and undone_batches(table, 2, 9) == [

@@ -505,6 +505,39 @@ def test_a_signal_is_noted_then_the_run_is_saved_then_it_stops(saving, number, c
     assert capsys.readouterr() == (shown, '')
 
 
+@pytest.mark.parametrize('error, status, shown', [
+    (UserError('no such thing'), 2, 'error: no such thing'), (RuntimeError('broken'), 1, 'RuntimeError: broken')])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(monkeypatch, capsys, error, status, shown):
+    """To destroy an NCCL process group is to wait for all ranks, and these wait for this one."""
+    destroyed, ended = [], []
+    monkeypatch.setattr(runtime.dist, 'is_initialized', lambda: not destroyed)
+    monkeypatch.setattr(runtime.dist, 'destroy_process_group', lambda: destroyed.append(True))
+    monkeypatch.setattr(os, '_exit', ended.append)
+
+    def fail():
+        raise error
+
+    with pytest.raises((SystemExit, RuntimeError)):
+        runtime.run(fail)
+    assert ended == [status] and not destroyed and shown in capsys.readouterr().err
+    runtime.run(lambda: None)
+    assert destroyed and ended == [status], 'together they leave'
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows has no SIGHUP')
+def test_a_closed_terminal_stops_a_run_unless_nohup_said_otherwise(saving):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        saving()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        one = saving(every=100)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert one.due(2, 100) and one.agreed == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_all_ranks_stop_when_one_was_signalled(saving, monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(

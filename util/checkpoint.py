@@ -221,11 +221,11 @@ def training_state(module, optimizer):
 
 
 def sharded_like(parameter, tensor):
-    """A whole tensor, split over the ranks if the parameter is."""
+    """A whole tensor, which every rank has, split over the ranks if the parameter is."""
     if not hasattr(parameter, 'full_tensor') or tensor.ndim == 0:
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def load_optimizer(optimizer, saved):

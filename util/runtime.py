@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -51,8 +52,9 @@ def gather(tensor):
     """Concatenates the ranks' tensors, which have equal shapes, along the first dimension."""
     if not dist.is_initialized():
         return tensor
+    tensor = tensor.contiguous()                            # and so the parts
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
@@ -156,14 +158,6 @@ def gathered(module):
         part.reshard()
 
 
-def sync_gradients(module, on):
-    """Turns the averaging of gradients over the ranks in backward passes on or off."""
-    if is_sharded(module):
-        module.set_requires_gradient_sync(on)
-    else:
-        module.require_backward_grad_sync = on              # of DDP; others ignore it
-
-
 # -----------------------------------------------------------------------------
 # device and precision
 
@@ -204,6 +198,12 @@ def join_ranks(backend):
         store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     cpu_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+def leave_ranks():
+    """Leaves the process group. With NCCL this waits until all ranks do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def has_fast_bfloat16(device):
@@ -332,7 +332,11 @@ def run(main):
     began = time.time()
     try:
         main()
+        leave_ranks()
         say(f'{os.path.basename(sys.argv[0])}: done in {time.time() - began:.0f} s')
+    except SystemExit:                                      # all ranks stop together
+        leave_ranks()
+        raise
     except UserError as error:
         fail(error, 2)
     except FloatingPointError as error:
@@ -352,8 +356,11 @@ def run(main):
         fail('out of memory: lower --batch_size, --per_class or --workers; in training, raise '
              '--grad_accum_steps or set --grad_checkpoint=True', 1)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized():                           # failed, perhaps alone: do not wait for others
+            error = sys.exc_info()[1]
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            os._exit(getattr(error, 'code', 1))
 
 
 def fail(message, status):

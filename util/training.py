@@ -25,7 +25,8 @@ def train(run, config, name, step, metrics, flops_per_image, train_step, validat
     validate_after: no validation up to this step.
     Raises UserError if the ranks do not start from the same step.
     """
-    check_ranks_agree(f'{name}: the step to continue from', step)
+    check_ranks_agree(
+        f'{name}: settings, dtype and the step to continue from', (config, str(dtype_of(run.autocast)), step))
     steps, batch_size = config['steps'], config['batch_size']
     log = Log(f'{config["out_dir"]}/{name}.jsonl', step, config['log_to'], config)
     if step >= steps:
@@ -189,16 +190,18 @@ class SafeStep:
 class Saving:
     """Decides when to save a run: every so many steps, or seconds (0: never), at its end and before it stops.
 
-    Once it exists, SIGTERM and SIGINT only set a flag, so that the current step is finished and saved; a
-    second SIGINT stops at once. A signal to any rank stops all.
+    Once it exists, SIGTERM, SIGINT and SIGHUP only set a flag, so that the current step is finished and
+    saved; a second SIGINT stops at once. A signal to any rank stops all.
     """
 
     def __init__(self, every, seconds):
         self.every, self.seconds = every, seconds
         self.received = self.agreed = 0                     # signal numbers: of this rank, of all ranks
         self.saved_at = time.monotonic()
-        signal.signal(signal.SIGTERM, self.note)
-        signal.signal(signal.SIGINT, self.note)
+        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+            number = getattr(signal, name, None)            # Windows has no SIGHUP; nohup ignores it
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if number == self.received == signal.SIGINT:
