@@ -374,5 +374,7 @@ class TokenDataset:
         if (tokens >= self.limits).any():
             raise UserError(f'{str(self.path)!a} is damaged: it has numbers out of range; delete it and run '
                             f'encode.py again')
-        structure, alias, labels = torch.from_numpy(tokens).split(self.lengths, dim=1)
+        # contiguous, or a copy to a GPU would wait
+        structure, alias, labels = (part.contiguous()
+                                    for part in torch.from_numpy(tokens).split(self.lengths, dim=1))
         return structure, alias, labels.squeeze(1)

@@ -192,7 +192,8 @@ def forward(run, images, noise, step):
         wanted = defocus(images, structure.radii[state], structure.kernel)
         terms['focus'] = F.mse_loss(out.state_picture, wanted)
     if lambda_lpips:
-        terms['lpips'] = run.lpips((out.picture.clamp(-1, 1) + 1) * 127.5, (images + 1) * 127.5).mean()
+        pictures = out.picture.float().clamp(-1, 1), images
+        terms['lpips'] = run.lpips(*((x + 1) * 127.5 for x in pictures)).mean()
     terms |= {'vq': out.vq, 'alias_l2': out.alias.l2, 'alias_vq': out.alias.vq}
     reconstruction = terms['l1'] + terms['l2'] + lambda_lpips * terms.get('lpips', 0)
     loss = reconstruction + lambda_focus * terms.get('focus', 0) + out.vq + out.alias.l2 + out.alias.vq
@@ -373,6 +374,8 @@ def check_settings():
         raise UserError(f'patch_nums={patch_nums}: give at least two token maps, or nothing comes into focus')
     if lambda_lpips and image_size < 16:
         raise UserError(f'image_size={image_size}: LPIPS needs at least 16 pixels; use --lambda_lpips=0')
+    if lambda_gan and dtype == 'float16':
+        raise UserError("--dtype=float16 loses the GAN's small gradients: use bfloat16, or --lambda_gan=0")
     if lambda_gan and (image_size < 24 or gan_channels % 4):
         raise UserError(f'image_size={image_size}, gan_channels={gan_channels}: the discriminator needs '
                         '24 pixels or more and a multiple of 4 channels; or use --lambda_gan=0')

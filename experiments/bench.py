@@ -54,19 +54,19 @@ config = configure(globals())
 # measuring
 
 def timed(functions):
-    """(median seconds, range of the repeats relative to it) per function, after one warm-up call each.
+    """(median seconds, range of the repeats relative to it) per function, after two warm-up calls each.
 
     The functions take turns, so that a busy machine affects all of them alike.
     """
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):                            # a compiled function is recorded in its second
         for function in functions:
             synchronize()
             start = time.perf_counter()
             function()
             synchronize()
             seconds.append(time.perf_counter() - start)
-    seconds = np.reshape(seconds, (repeats + 1, -1))[1:]
+    seconds = np.reshape(seconds, (repeats + 2, -1))[2:]
     median = np.median(seconds, 0)
     return list(zip(median.tolist(), (np.ptp(seconds, 0) / median).tolist()))
 
@@ -236,9 +236,6 @@ def main():
     results = {'config': config, 'machine': name, 'torch': torch.__version__, 'peak': peak, 'rows': []}
     for part in chosen:
         results['rows'] += measure(part, PARTS[part](b), sum(b.student.lengths), peak)
-        if gpu:
-            runtime.say(f'{part:9} peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB')
-            torch.cuda.reset_peak_memory_stats()
     write_json(f'{out_dir}/bench.json', results)
 
 

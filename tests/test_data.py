@@ -650,6 +650,7 @@ def test_tokens_come_back_as_they_were_written(tokens):
     folder, rows = tokens
     dataset = TokenDataset(folder, 'train')
     structure, alias, labels = dataset.batch(np.array([4, 0, 4]))
+    assert all(part.is_contiguous() for part in (structure, alias, labels)), 'or copies to a GPU would wait'
     assert len(dataset) == 5 and dataset.classes == ['cat', 'dog'] and dataset.meta['tokenizer'] == 'abc123'
     assert structure.dtype == alias.dtype == labels.dtype == torch.int64
     assert structure.tolist() == rows[[4, 0, 4], :5].tolist()

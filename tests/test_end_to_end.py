@@ -419,6 +419,7 @@ BAD = {
     'wrong type': ('sample', '--per_class=many', None, "--per_class takes int (default 8); got 'many'"),
     'no such config': ('encode', 'config/chart.py', None, 'config/chart.py: no such config file'),
     'dtype': ('train_tokenizer', '--dtype=float13', None, '--dtype=float13: choose auto, float32, bfloat16 or float16'),
+    'float16 with a GAN': ('train_tokenizer', '--dtype=float16 --lambda_gan=0.5 --image_size=32', None, "loses the GAN's small gradients"),
     'float16 without a GPU': ('train_fvar', '--dtype=float16', None, '--dtype=float16 needs a GPU'),
     'device': ('sample', '--device=abacus', None, '--device=abacus: '),
     'no tokenizer': ('encode', '', missing('tokenizer.pt'), 'tokenizer.pt: no such checkpoint; run train_tokenizer.py first'),

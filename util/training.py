@@ -271,7 +271,7 @@ def peak_flops(device, autocast):
 def measured_peak(device, autocast):
     """FLOP/s of a large matrix product, the best of four."""
     n = 8192 if device.type == 'cuda' else 1536
-    matrix = torch.ones(n, n, device=device)
-    with autocast():                                        # .item() waits for the device
-        seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)
+    matrix = torch.rand(n, n, device=device).to(dtype_of(autocast))
+    # .item() waits for the device
+    seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)
     return 2 * n ** 3 / min(seconds)
