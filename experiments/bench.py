@@ -59,7 +59,7 @@ def timed(functions):
     The functions take turns, so that a busy machine affects all of them alike.
     """
     seconds = []
-    for _ in range(repeats + 2):                            # a compiled function is recorded in its second
+    for _ in range(repeats + 2):                            # the second call records compiled functions
         for function in functions:
             synchronize()
             start = time.perf_counter()
