@@ -204,7 +204,7 @@ class VAR(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """All initial values, as in VAR: truncated normals, and blocks that start near the identity."""
+        """All initial values, VAR's defaults: truncated normals, and blocks that start near the identity."""
         embed_dim = self.word_embed.out_features
         depth = len(self.blocks)
         std = math.sqrt(1 / (3 * embed_dim))

@@ -44,12 +44,13 @@ batch_size = 50                                 # pictures per forward pass of t
 device = 'auto'                                 # auto | cpu | cuda, for the tokenizer
 config = configure(globals())
 
-# {name in the tables: (kernel, focus schedule)}; 'ideal' is the low-pass that Eq. 7 assumes
+# {name in the tables: (kernel, focus schedule)}; 'area' averages cells, as VAR does with features; 'ideal' is
+# the low-pass that Eq. 7 assumes
 FILTERS = {
     'disk matched': ('disk', 'matched'),
-    'disk states': ('disk', 'states'),
     'disk cosine': ('disk', 'cosine'),
     'Gaussian': ('gaussian', 'matched'),
+    'area': ('area', 'matched'),
     'none': ('none', 'matched'),
     'ideal': ('ideal', 'matched')
 }
@@ -87,8 +88,10 @@ def sample_positions(side, size):
 
 
 def view(images, radius, size, kernel):
-    """The pyramid's view (B, C, size, size) of a periodic picture. kernel may also be 'ideal'."""
+    """The pyramid's view (B, C, size, size) of a periodic picture. kernel may also be 'area' or 'ideal'."""
     side = images.shape[-1]
+    if kernel == 'area':
+        return F.interpolate(images, size, mode='area')
     if kernel == 'ideal':
         return band_limit(images, size, sample_positions(side, size))
     period = side // math.gcd(side, size)                   # pixels after which the view's grid repeats

@@ -145,7 +145,7 @@ def changes():
 def aliasing():
     """Alias and kept energy of every view, by what blurred it."""
     views_of = read('aliasing')['pyramid']
-    filters = {'disk matched': 'disk', 'disk cosine': 'cosine', 'Gaussian': 'Gaussian'}
+    filters = {'disk matched': 'disk', 'area': 'area', 'Gaussian': 'Gaussian'}
     table = [['step s_k', 'no blur: alias']]
     table[0] += [f'{name}: {key}' for name in filters.values() for key in ('alias', 'kept')]
     for plain, *views in zip(*(views_of[key] for key in ('none', *filters))):

@@ -244,7 +244,7 @@ def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
     for name, rows in found['pyramid'].items():
         assert [row['step'] for row in rows] == pytest.approx([4, 2, 4 / 3, 1])
         assert rows[-1]['alias'] < 1e-12 and rows[-1]['kept'] == pytest.approx(1)
-    plain, disk, ideal = (found['pyramid'][name][0] for name in ('none', 'disk states', 'ideal'))
+    plain, disk, ideal = (found['pyramid'][name][0] for name in ('none', 'disk matched', 'ideal'))
     assert plain['alias'] > disk['alias'] > ideal['alias']
     # uniform noise has far more of the high frequencies than charts have
     assert found['spectrum']['generated'][-1] > 10 and len(found['spectrum']['real, half/half']) == 8
