@@ -31,7 +31,7 @@ def flops_are_not_counted():
 @pytest.fixture(autouse=True)
 def signals_interrupt_the_tests():
     """A training run leaves its handlers behind; Ctrl-C must end the tests nevertheless."""
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers):
