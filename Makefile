@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 python = $(VENV)/bin/python
-run = $(python) $(1).py config/charts.py --out_dir=$(OUT)
+run = $(python) $(1).py config/charts.py --out_dir='$(OUT)'
 
 help:
 	@echo 'make demo       trains, samples and evaluates the whole method on optical test charts; writes to $(OUT)/'
@@ -58,21 +58,21 @@ results: $(VENV)/installed
 figures: $(VENV)/installed
 	$(python) pyramid.py halftone_dots --patch_nums=1,2,4,8,16 --out=figures/pyramid.png
 	$(call run,sample)
-	cp $(OUT)/tokenizer.png $(OUT)/samples.png $(OUT)/progress.png figures/
+	cp '$(OUT)/tokenizer.png' '$(OUT)/samples.png' '$(OUT)/progress.png' figures/
 	$(call run,sample) --classes=0,1,7,8,9
-	cp $(OUT)/focus.gif figures/
+	cp '$(OUT)/focus.gif' figures/
 	$(call run,sample) --per_class=6 --edit=checkerboard --mask=8,8,24,24
-	cp $(OUT)/edit.png figures/inpainting.png
+	cp '$(OUT)/edit.png' figures/inpainting.png
 	$(call run,sample) --per_class=6 --edit=slanted_edge --mask=0,0,16,32 --class=7
-	cp $(OUT)/edit.png figures/class_edit.png
+	cp '$(OUT)/edit.png' figures/class_edit.png
 	$(call run,sample) --per_class=6 --edit=concentric_rings --outpaint=8,8,8,8 --class=7
-	cp $(OUT)/outpaint.png figures/outpainting.png
-	$(python) pyramid.py text --image_size=32 --blur=2 --out=$(OUT)/blurred.png
-	$(call run,sample) --per_class=6 --refocus=$(OUT)/blurred.png --radius=2
-	cp $(OUT)/refocus.png figures/refocusing.png
+	cp '$(OUT)/outpaint.png' figures/outpainting.png
+	$(python) pyramid.py text --image_size=32 --blur=2 --out='$(OUT)/blurred.png'
+	$(call run,sample) --per_class=6 --refocus='$(OUT)/blurred.png' --radius=2
+	cp '$(OUT)/refocus.png' figures/refocusing.png
 	test ! -d out-ablation || $(python) -m experiments.ablation --figures
 
 clean:
-	rm -rf $(OUT)
+	rm -rf '$(OUT)'
 
 .PHONY: help demo test coverage chaos rehearsal growth lint ablation results figures clean

@@ -61,7 +61,7 @@ def class_folders(folder):
 def pictures_below(folder):
     """Sorted paths of all pictures in a folder and its subfolders, and paths of the files Pillow cannot read.
 
-    Links are followed, each target once. Hidden files are ignored.
+    Links are followed, each target once. Hidden files and folders are ignored.
     """
     seen, files = set(), []
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -70,7 +70,7 @@ def pictures_below(folder):
             folders.clear()
             continue
         seen.add(target)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
         files += [os.path.join(where, name) for name in names if not name.startswith('.')]
     pictures = {file for file in files if file.lower().endswith(EXTENSIONS)}
     return sorted(pictures), sorted(set(files) - pictures)
@@ -151,7 +151,9 @@ class ImageFolder:
             left_out += others
             labels += [self.classes.index(name)] * len(files)
         report_left_out(folder, left_out)
-        runtime.check_ranks_agree(ascii(folder), self.classes + [file[len(folder):] for file in self.files])
+        names = self.classes + [file[len(folder):] for file in self.files]
+        runtime.check_ranks_agree(ascii(folder), names)
+        self.contents = runtime.seed_of(repr(names))        # a hash
         self.labels = torch.tensor(labels)
         self.image_size, self.flip, self.seed = image_size, flip, seed
         self.resized_side = round(1.125 * image_size)
@@ -264,7 +266,9 @@ def leave_signals_to_training(worker):
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ('SIGINT', 'SIGHUP'):
+        if hasattr(signal, name):                           # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):                      # missing on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_training, daemon=True).start()

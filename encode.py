@@ -45,8 +45,8 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         'rows': count * per_image, 'columns': columns, 'classes': dataset.classes,
         'patch_nums': list(structure.patch_nums), 'alias_patch_nums': list(alias.patch_nums),
         'vocab_size': structure.quantizer.codebook.num_embeddings, 'alias_vocab_size': alias.vocab_size,
-        'data': source, 'crops': per_image, 'flip': flip, 'seed': seed, 'batch_size': batch_size,
-        'dtype': str(runtime.dtype_of(autocast)),
+        'data': source, 'contents': dataset.contents, 'crops': per_image, 'flip': flip, 'seed': seed,
+        'batch_size': batch_size, 'dtype': str(runtime.dtype_of(autocast)),
         'tokenizer': digest(structure.state_dict()), 'alias_tokenizer': digest(alias.state_dict())}
     if max(meta['vocab_size'], meta['alias_vocab_size'], len(dataset.classes)) > UNREADABLE:
         raise UserError('token files hold 16-bit numbers: at most 65534 codes and classes')

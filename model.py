@@ -621,8 +621,8 @@ def load_student(path, structure, device='cpu'):
     checkpoint = load_checkpoint(path, 'student', made_by='train_fvar.py')
     with blame(path):
         if checkpoint['tokenizer'] != digest(structure.state_dict()):
-            raise UserError(f'{path} was trained on the tokens of another tokenizer: use the tokenizer.pt '
-                            'beside it')
+            raise UserError(f'{path} was trained on the tokens of another tokenizer: use that --tokenizer, '
+                            'or run encode.py and train_fvar.py again')
         student = build_student(checkpoint['config'], structure, len(checkpoint['classes']))
         load_weights(student, checkpoint['student'], path)
     return student.to(device).eval(), checkpoint

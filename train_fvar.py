@@ -57,7 +57,7 @@ lr = 1e-4                       # peak learning rate (paper, at batch 256)
 warmup = 2000                   # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's decay rates
 weight_decay = 0.05             # on the weights of linear layers only
-grad_clip = 2.0                 # maximum gradient norm of student and of teacher
+grad_clip = 2.0                 # maximum gradient norm of student and of teacher; 0: none
 # bookkeeping
 eval_every = 2000               # steps between validations
 eval_pictures = 1000            # held-out images per validation
@@ -200,7 +200,7 @@ def save(run, step, metrics, dataset, best=False):
         if not best:
             save_checkpoint(f'{out_dir}/fvar_state.pt', common | {
                 'kind': 'fvar training', 'network': weights, 'optimizer': optimizer_state,
-                'safe_step': run.safe_step.state_dict()})
+                'safe_step': run.safe_step.state_dict(), 'tokens': dataset.meta})
 
 
 def show_progress(run, step, row, num_classes):
@@ -248,6 +248,8 @@ def resume(run, state_file, dataset):
     if saved['classes'] != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
+    if saved.get('tokens') != dataset.meta:
+        runtime.say('note: encode.py has written other token files since; the run continues on these')
     with blame(state_file):
         load_weights(run.network, saved['network'], state_file)
         load_optimizer(run.optimizer, saved['optimizer'])

@@ -76,7 +76,7 @@ lr = 1e-4                       # peak learning rate, which the discriminator ke
 warmup = 500                    # steps of linear warm-up
 betas = (0.9, 0.95)             # Adam's decay rates
 weight_decay = 0.0              # on the weights of convolutions only
-grad_clip = 1.0                 # maximum gradient norm of each tokenizer
+grad_clip = 1.0                 # maximum gradient norm of each tokenizer; 0: none
 # bookkeeping
 eval_every = 2000               # steps between validations
 eval_images = 256               # held-out images per validation

@@ -554,6 +554,19 @@ def test_loader_workers_change_nothing_but_speed(folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_contents_of_a_folder_change_with_its_pictures_and_their_classes_but_not_with_its_place(folder, tmp_path):
+    before = ImageFolder(folder, 'train', 16).contents
+    copy = shutil.copytree(folder, tmp_path / 'copy')
+    assert ImageFolder(copy, 'train', 16).contents == before
+    cat, *_ = sorted((copy / 'train').iterdir())
+    picture = sorted(file for file in cat.iterdir() if file.is_file())[0]
+    shutil.copy(picture, cat / 'new.png')
+    assert ImageFolder(copy, 'train', 16).contents != before
+    (cat / '.hidden').mkdir()
+    shutil.move(cat / 'new.png', cat / '.hidden')
+    assert ImageFolder(copy, 'train', 16).contents == before
+
+
 @pytest.mark.filterwarnings('ignore:This process')
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='no sigwaitinfo here')
 def test_signals_to_the_whole_job_leave_loader_workers_at_work(folder):
@@ -562,7 +575,7 @@ def test_signals_to_the_whole_job_leave_loader_workers_at_work(folder):
     first(supply, 2)                                        # both have begun
     children = [child for child in multiprocessing.active_children() if child not in others]
     for child in children:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # sent by another process than the parent
             subprocess.run(['kill', f'-{int(number)}', str(child.pid)], check=True)
     first(supply, 10)

@@ -454,6 +454,16 @@ def test_a_student_is_not_resumed_on_the_tokens_of_another_tokenizer(train, stag
         train(init_from='resume')
 
 
+def test_a_student_resumed_on_other_token_files_says_so(train, stage2, tmp_path, capsys):
+    shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(stage2 / 'fvar_state.pt', weights_only=True)
+    train(init_from='resume', steps=saved['step'])
+    assert 'other token files' not in capsys.readouterr().out
+    torch.save(saved | {'tokens': saved['tokens'] | {'crops': 3}}, tmp_path / 'fvar_state.pt')
+    train(init_from='resume', steps=saved['step'])
+    assert 'note: encode.py has written other token files since' in capsys.readouterr().out
+
+
 def test_a_student_is_not_resumed_with_its_classes_in_another_order(train, stage2, tmp_path, capsys):
     shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
     saved = torch.load(stage2 / 'fvar_state.pt', weights_only=True)

@@ -185,6 +185,7 @@ class Charts:
         self.images = torch.from_numpy(np.stack(charts))
         self.labels = torch.arange(count) % len(CHARTS)
         self.skipped = torch.zeros(count, dtype=torch.bool)
+        self.contents = count
 
     def __len__(self):
         return len(self.labels)

@@ -70,7 +70,8 @@ def locked(path):
             yield
         finally:
             if file:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):             # Windows deletes no open file
+                    path.unlink(missing_ok=True)
 
 
 def take_lock(file):

@@ -155,7 +155,8 @@ class SafeStep:
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         self.scaler.unscale_(self.optimizer)
-        norms = [torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip) for parameters in networks]
+        most = self.grad_clip or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, most) for parameters in networks]
         norms = [norm.full_tensor() if hasattr(norm, 'full_tensor') else norm for norm in norms]
         norm = torch.stack(norms).norm()
         finite = norm.isfinite()
