@@ -160,9 +160,8 @@ def zone_contrast(side, radius, size, kernel):
 def measure_view(images, radius, size, kernel):
     """All metrics of one view of images (B, 1, S, S) with mean zero."""
     side = images.shape[-1]
-    how = radius, size, kernel
-    alias, kept = folding(images, *how)
-    wanted, beyond = zone_contrast(side, *how)
+    alias, kept = folding(images, radius, size, kernel)
+    wanted, beyond = zone_contrast(side, radius, size, kernel)
     return {
         'step': side / size,
         'alias': alias,

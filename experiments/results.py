@@ -9,10 +9,12 @@ import re
 from collections import defaultdict
 from statistics import mean, stdev
 
-from configurator import HERE, UserError
+from configurator import HERE, UserError, configure
 from experiments.ablation import TABLE_3, VARIATIONS
 from util import runtime
 from util.checkpoint import atomic_write, read_json
+
+config = configure(globals())       # there are no settings, but there is --help
 
 DOCUMENTS = ('README.md', 'RESULTS.md')
 TITLES = TABLE_3 | VARIATIONS    # of an ablation's rows, in their order
@@ -182,7 +184,6 @@ TABLES = {
     'charts, sampling': lambda: sampling('ablation_charts'),
     'photographs': lambda: quality('ablation_photos'),
     'photographs, sampling': lambda: sampling('ablation_photos'),
-    'photographs, AdamW': lambda: sampling('ablation_photos_adamw'),
     'teacher': lambda: compared(
         ('charts', 'ablation_charts', 'full', 'no_teacher'),
         ('photographs', 'ablation_photos', 'full', 'no_teacher'),
