@@ -234,7 +234,7 @@ def plot_pyramid(images, patch_nums, radii, kernel):
     views = [F.interpolate(view, 160, mode='nearest')[0] for view in focused + downsampled + alias]
     labels = [f'k={k}  blur {radius:.3g}\ns={patch_nums[-1] / p:.3g}  p={p}'
               for k, (p, radius) in enumerate(zip(patch_nums, radii), start=1)]
-    rows = ('L: focused', 'D: downsampled', 'A = D - L, × 2')
+    rows = ('L: focused', 'D: downsampled', 'A = D - L (x 2)')
     return picture_grid(torch.stack(views), len(patch_nums), rows, labels)
 
 
