@@ -86,8 +86,8 @@ def test_make_demo_starts_these_stages_in_this_order():
     if not shutil.which('make'):
         pytest.skip('no make here')
     environment = {name: value for name, value in os.environ.items() if not name.startswith(('MAKE', 'MFLAGS'))}
-    shown = subprocess.run(['make', '--dry-run', 'demo', 'OUT=somewhere'], cwd=HERE, env=environment, capture_output=True, text=True)
-    assert re.findall(r'(\w+)\.py config/charts.py --out_dir=somewhere$', shown.stdout, re.M) == list(DEMO)
+    shown = subprocess.run(['make', '--dry-run', 'demo', 'OUT=some where'], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert re.findall(r"(\w+)\.py config/charts.py --out_dir='some where'$", shown.stdout, re.M) == list(DEMO)
 
 
 def test_every_promised_file_is_there_and_no_other(demo):

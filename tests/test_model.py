@@ -294,7 +294,7 @@ def test_guidance_ramps_over_the_maps_from_nothing_to_cfg(tokenizer, filtered, o
 
 def test_without_guidance_only_the_class_is_computed(student, tokenizer):
     batches = []
-    student.blocks[0].register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    student.blocks[0].attention.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
     student.generate(tokenizer, torch.tensor([1, 3, 0]), cfg=0)
     assert batches == [3] * 4
     student.generate(tokenizer, torch.tensor([1, 3, 0]), cfg=1)
