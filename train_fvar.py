@@ -248,7 +248,7 @@ def resume(run, state_file, dataset):
     if saved['classes'] != dataset.classes:
         raise UserError(f'{state_file} knows other classes, or the same in another order; start anew with '
                         f'--init_from={out_dir}/student.pt, which keeps those of the same name')
-    if saved.get('tokens') != dataset.meta:
+    if saved.get('tokens', dataset.meta) != dataset.meta:
         runtime.say('note: encode.py has written other token files since; the run continues on these')
     with blame(state_file):
         load_weights(run.network, saved['network'], state_file)
