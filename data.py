@@ -152,8 +152,7 @@ class ImageFolder:
             labels += [self.classes.index(name)] * len(files)
         report_left_out(folder, left_out)
         names = self.classes + [file[len(folder):] for file in self.files]
-        runtime.check_ranks_agree(ascii(folder), names)
-        self.contents = runtime.seed_of(repr(names))        # a hash
+        self.contents = runtime.check_ranks_agree(ascii(folder), names)         # a hash
         self.labels = torch.tensor(labels)
         self.image_size, self.flip, self.seed = image_size, flip, seed
         self.resized_side = round(1.125 * image_size)
@@ -266,9 +265,8 @@ def leave_signals_to_training(worker):
             pass
         os._exit(0)
 
-    for name in ('SIGINT', 'SIGHUP'):
-        if hasattr(signal, name):                           # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in set(runtime.STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):                      # missing on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_training, daemon=True).start()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from util import training
 from configurator import HERE
+from util.runtime import STOP_SIGNALS
 
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
@@ -31,7 +32,7 @@ def flops_are_not_counted():
 @pytest.fixture(autouse=True)
 def signals_interrupt_the_tests():
     """A training run leaves its handlers behind; Ctrl-C must end the tests nevertheless."""
-    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+    numbers = STOP_SIGNALS
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers):

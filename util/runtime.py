@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import UserError
+
+
+# what tells a run to stop; Windows has no SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 
 
 # -----------------------------------------------------------------------------
@@ -76,11 +81,12 @@ def from_rank_0(value):
 
 
 def check_ranks_agree(what, value):
-    """Raises UserError on every rank unless all ranks have the same value, of plain Python types."""
-    number = seed_of(repr(value))                           # a hash
+    """Returns a hash of a value of plain Python types. UserError on every rank unless all have the same."""
+    number = seed_of(repr(value))
     most, least = all_reduce_max(torch.tensor([number, -number])).tolist()
     if most != -least:
         raise UserError(f'{what}: not the same on every rank; give all machines the same files')
+    return number
 
 
 def share_of_batch(batch_size, grad_accum_steps=1):

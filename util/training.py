@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import UserError
 from util.checkpoint import Log
 from util.runtime import (
-    all_reduce_max, barrier, check_ranks_agree, dtype_of, mean_terms, progress, say, world_size)
+    STOP_SIGNALS, all_reduce_max, barrier, check_ranks_agree, dtype_of, mean_terms, progress, say, world_size)
 
 
 def train(run, config, name, step, metrics, flops_per_image, train_step, validate, save, validate_after=0):
@@ -199,9 +199,8 @@ class Saving:
         self.every, self.seconds = every, seconds
         self.received = self.agreed = 0                     # signal numbers: of this rank, of all ranks
         self.saved_at = time.monotonic()
-        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-            number = getattr(signal, name, None)            # Windows has no SIGHUP; nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.note)
 
     def note(self, number, frame):
