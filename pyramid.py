@@ -86,7 +86,11 @@ def focus_radii(patch_nums, image_size, max_radius=12.0, schedule='matched'):
     'cosine'   Eq. 2 with its sign corrected, one radius per map: ρ_max·(1 + cos(π(k−1)/(K−1)))/2
     'states'   the paper's K = 4 states (12, 9, 3, 0 pixels), shared by groups of maps; only the last is sharp
     'matched'  ρ_k = ρ_max·s_k/s_1: blur in proportion to the sampling step
+
+    Raises UserError unless patch_nums grow.
     """
+    if not patch_nums or list(patch_nums) != sorted(set(patch_nums)) or patch_nums[0] < 1:
+        raise UserError(f'patch_nums={tuple(patch_nums)} must grow from a number ≥ 1')
     rho_max = max_radius * image_size / 256
     K = len(patch_nums)
     last = max(1, K - 1)
@@ -240,7 +244,9 @@ def plot_pyramid(images, patch_nums, radii, kernel):
 
 def main():
     from util.pictures import load_photo, save_png, to_picture
+    from util.runtime import require_positive
 
+    require_positive(config, 'image_size')
     if not photo:
         raise UserError('which photo? python pyramid.py PHOTO --out=pyramid.png')
     images = load_photo(photo, image_size)

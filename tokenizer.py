@@ -353,6 +353,7 @@ class StructureTokenizer(nn.Module):
                  channel_mult=(1, 1, 2, 2, 4), res_blocks=2, phis=4, pyramid='focus', focus_input='image',
                  focus_schedule='matched', max_radius=12.0, kernel='disk', noise=(1e-3, 1e-2), beta=0.25):
         super().__init__()
+        radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
         check_sizes(image_size, patch_nums, channel_mult)
         if pyramid not in ('focus', 'scale') or focus_input not in ('image', 'view'):
             raise UserError(f'pyramid={pyramid!r}, focus_input={focus_input!r}: '
@@ -365,7 +366,6 @@ class StructureTokenizer(nn.Module):
         self.beta = beta
         self.pyramid, self.grad_checkpoint = pyramid, False
         self.focus_input, self.kernel = (focus_input, kernel) if pyramid == 'focus' else ('image', 'none')
-        radii = focus_radii(patch_nums, image_size, max_radius, focus_schedule)
         self.radii = radii if self.kernel != 'none' else [0.0] * len(patch_nums)
         # refuse an unknown kernel, or one that does not fit the picture, now and not in the first step
         defocus(torch.empty(1, 1, image_size, image_size, device='meta'), max(self.radii), kernel)
@@ -471,10 +471,8 @@ class StructureTokenizer(nn.Module):
 
 
 def check_sizes(image_size, patch_nums, channel_mult):
-    """UserError unless patch_nums grow and the encoder takes image_size to p_K."""
+    """UserError unless the encoder takes image_size to p_K."""
     f = 2 ** (len(channel_mult) - 1)
-    if not patch_nums or list(patch_nums) != sorted(set(patch_nums)) or patch_nums[0] < 1:
-        raise UserError(f'patch_nums={tuple(patch_nums)} must grow from a number ≥ 1')
     if min(channel_mult, default=0) < 1:
         raise UserError(f'channel_mult={tuple(channel_mult)}: give numbers of at least 1')
     if image_size != f * patch_nums[-1]:

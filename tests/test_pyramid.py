@@ -340,3 +340,14 @@ def test_a_photo_that_can_not_be_read_is_one_line(tmp_path, kind, complaint):
     assert result.returncode == 2 and result.stdout == ''
     assert result.stderr.count('\n') == 1 and str(photo) in result.stderr and complaint in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ([photo.name] if kind == 'corrupt' else [])
+
+
+@pytest.mark.parametrize('argument, complaint', [
+    ('--image_size=0', 'image_size=0: must be at least 1'),
+    ('--patch_nums=0', 'patch_nums=(0,) must grow from a number ≥ 1'),
+    ('--patch_nums=4,2', 'patch_nums=(4, 2) must grow from a number ≥ 1'),
+])
+def test_a_pyramid_that_makes_no_sense_is_one_line(tmp_path, argument, complaint):
+    result = draw('brick', tmp_path / 'drawing.png', argument)
+    assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {complaint}\n')
+    assert not list(tmp_path.iterdir())
