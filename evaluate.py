@@ -157,6 +157,8 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 
     It is read from its file if that was made from the same data with the same settings.
     """
+    if len(classes) == 1:
+        runtime.say('note: one class teaches the CNN nothing, so its features stay random')
     path = Path(cnn_file or f'{out_dir}/cnn.pt')
     settings = {
         'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),

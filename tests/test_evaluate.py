@@ -70,6 +70,14 @@ def test_cnn_is_kept_and_trained_again_only_for_other_data_or_settings(monkeypat
     assert 'training it again' in capsys.readouterr().out
 
 
+def test_a_cnn_of_one_class_is_said_to_know_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, 'cnn_file', str(tmp_path / 'cnn.pt'))
+    monkeypatch.setattr(evaluate, 'cnn_steps', 1)
+    train = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    evaluate.load_or_train_cnn(train, train, 'folder', CLASSES[:1], torch.device('cpu'))
+    assert 'one class teaches the CNN nothing' in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # a whole run: random weights, twenty pictures of two classes
 
