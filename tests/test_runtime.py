@@ -23,7 +23,7 @@ from util.checkpoint import (
     Log, atomic_write, check_resumed, digest, load_checkpoint, locked, load_weights, read_log, read_weights,
     save_checkpoint, write_json)
 from util.runtime import precision, share_of_batch
-from util.training import MuonWithAdamW, SafeStep, adamw, learning_rate
+from util.training import MuonWithAdamW, SafeStep, adamw, learning_rate, orthogonalize
 
 CPU = torch.device('cpu')
 
@@ -288,9 +288,28 @@ def test_muon_trains_a_convolution_as_a_matrix_with_a_row_per_output_channel():
     update = (conv.weight - before).detach().flatten(1)
     singular = torch.linalg.svdvals(update)
     assert singular.min() > 0.5 * singular.max()            # orthogonal, as far as five iterations go
-    with pytest.raises(RuntimeError):                       # another memory order would train a copy
-        plain = torch.nn.Conv2d(6, 4, 3)
-        MuonWithAdamW([plain.weight], plain, 0.1, (0.9, 0.95), 0.0)
+
+
+@pytest.mark.parametrize('shape', [(6, 6), (3, 8), (8, 3)])
+def test_muon_in_bfloat16_is_that_of_torch_to_the_bit(shape):
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(*shape, bias=False), torch.nn.Linear(*shape, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = MuonWithAdamW([ours.weight], ours, 0.1, (0.9, 0.95), 0.05)
+    optimizer.dtype, optimizer.found_inf = torch.bfloat16, torch.tensor(0.0)
+    reference = torch.optim.Muon(theirs.parameters(), 0.1, 0.05, adjust_lr_fn='match_rms_adamw')
+    for _ in range(3):
+        theirs.weight.grad = ours.weight.grad = torch.randn_like(ours.weight)
+        optimizer.step()
+        reference.step()
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_muon_in_float32_differs_by_rounding_only():
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrix.double(), torch.float64)
+    assert torch.allclose(orthogonalize(matrix, torch.float32).double(), exact, atol=1e-4)
+    assert not torch.equal(orthogonalize(matrix, torch.bfloat16).double(), exact)
 
 
 def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
@@ -300,14 +319,14 @@ def test_muon_skips_a_step_that_is_not_finite_and_its_state_survives_a_copy():
     network(torch.ones(3, 6)).square().sum().backward()
     safe_step([network.parameters()], lr=0.1)
     before = [p.clone() for p in network.parameters()]
-    momentum = optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'].clone()
+    momentum = optimizer.state[network.weight]['momentum_buffer'].clone()
     (network(torch.ones(3, 6)).sum() * math.nan).backward()
     _, finite = safe_step([network.parameters()], lr=0.1)
     assert not finite and all(map(torch.equal, before, network.parameters()))
-    assert torch.equal(momentum, optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'])
+    assert torch.equal(momentum, optimizer.state[network.weight]['momentum_buffer'])
     files.load_optimizer(optimizer, saved_state := optimizer.state_dict())
     assert {group['lr'] for group in optimizer.param_groups} == {0.1}
-    assert torch.equal(momentum, optimizer.muon.state[optimizer.matrices[network.weight]]['momentum_buffer'])
+    assert torch.equal(momentum, optimizer.state[network.weight]['momentum_buffer'])
     assert momentum.data_ptr() != saved_state['state'][0]['momentum_buffer'].data_ptr()
 
 

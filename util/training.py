@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import UserError
 from util.checkpoint import Log
 from util.runtime import (
-    STOP_SIGNALS, all_reduce_max, barrier, check_ranks_agree, dtype_of, mean_terms, progress, say, world_size)
+    STOP_SIGNALS, all_reduce_max, barrier, check_ranks_agree, dtype_of, has_fast_bfloat16, mean_terms,
+    progress, say, world_size)
 
 
 def train(run, config, name, step, metrics, flops_per_image, train_step, validate, save, validate_after=0):
@@ -71,7 +72,7 @@ def learning_rate(step, steps, peak, warmup):
 def adamw(module, lr, betas, weight_decay, without=()):
     """AdamW that decays only weights of linear layers and convolutions. Raises UserError for bad betas.
 
-    without: a set of parameters that another optimizer trains, or a dictionary of them.
+    without: a set of parameters that another optimizer trains.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f'betas={betas}: give two numbers, each at least 0 and less than 1')
@@ -82,40 +83,59 @@ def adamw(module, lr, betas, weight_decay, without=()):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for some weights and AdamW for all other parameters, as one optimizer.
+def orthogonalize(matrix, dtype):
+    """The matrix with all singular values near 1, by five Newton–Schulz steps (Jordan et al. 2024)."""
+    x = matrix.to(dtype)
+    if len(x) > x.shape[1]:
+        return orthogonalize(matrix.T, dtype).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
 
-    weights: of linear layers, and of convolutions in channels-last memory, which count as matrices with a row
-    per output channel. Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al.
-    2025). Muon has no fused kernel that skips non-finite steps, so each step waits for the device.
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some weights and AdamW for all other parameters, as one optimizer.
+
+    weights: of linear layers and of convolutions, which count as matrices with a row per output channel.
+    Learning rates are AdamW's: Muon's updates are scaled to the same size (Liu et al. 2025). torch.optim.Muon
+    does the same, but always in bfloat16, which is slow on many CPUs. Muon has no fused kernel that skips
+    non-finite steps, so each step waits for the device.
     """
 
     def __init__(self, weights, module, lr, betas, weight_decay):
-        self.matrices = {weight: nn.Parameter(weight.data.movedim(1, -1).view(len(weight), -1))
-                         for weight in weights}             # views of the weights' memory
-        self.muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn='match_rms_adamw')
-        self.adamw = adamw(module, lr, betas, weight_decay, without=self.matrices)
-        super().__init__([{'params': weights}, *self.adamw.param_groups], {'lr': lr})
-        self.adamw.state = self.state                       # shared: a weight's entry is its matrix's
-        for weight, matrix in self.matrices.items():
-            self.muon.state[matrix] = self.state[weight]
+        self.adamw = adamw(module, lr, betas, weight_decay, without=set(weights))
+        muon = {'params': weights, 'weight_decay': weight_decay}
+        super().__init__([muon, *self.adamw.param_groups], {'lr': lr})
+        self.adamw.state = self.state                       # shared
+        self.dtype = torch.bfloat16 if has_fast_bfloat16(weights[0].device) else torch.float32
 
+    @torch.no_grad()
     def step(self):
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
-        if not self.found_inf:
-            for weight, matrix in self.matrices.items():
-                if weight.grad is not None:                 # some learn only after the warm start
-                    matrix.grad = weight.grad.movedim(1, -1).flatten(1)
-            self.muon.param_groups[0]['lr'] = self.param_groups[0]['lr']
-            self.muon.step()
-            self.muon.zero_grad()
+        if self.found_inf:
+            return
+        muon = self.param_groups[0]
+        for weight in muon['params']:
+            if weight.grad is None:                         # some learn only after the warm start
+                continue
+            gradient = weight.grad.movedim(1, -1)
+            rows, state = gradient.flatten(1), self.state[weight]
+            if not state:
+                state['momentum_buffer'] = torch.zeros_like(rows)
+            momentum = state['momentum_buffer'].lerp_(rows, 0.05)
+            update = orthogonalize(rows.lerp(momentum, 0.95), self.dtype)
+            weight.mul_(1 - muon['lr'] * muon['weight_decay'])
+            weight.add_(update.view_as(gradient).movedim(-1, 1),
+                        alpha=-0.2 * muon['lr'] * math.sqrt(max(rows.shape)))
 
 
 def build_optimizer(name, muon_weights, module, lr, betas, weight_decay):
     """The optimizer of a module: 'adamw', or 'muon' for muon_weights and AdamW for the rest.
 
-    Raises UserError for another name. Convolutions among muon_weights must be in channels-last memory.
+    Raises UserError for another name.
     """
     if name == 'adamw':
         return adamw(module, lr, betas, weight_decay)
