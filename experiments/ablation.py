@@ -3,7 +3,7 @@
     python -m experiments.ablation --processes=2    # everything; the same command continues after a stop
     python -m experiments.ablation --rows=var,full --seeds=2 --steps=400 --minutes=30 --results=quick.json
     python -m experiments.ablation --data=DIR --vocab_size=1024 --tokenizer_steps=1200 --cnn_steps=2000 \\
-        --out_dir=out-photos --results=results/ablation_photos.json         # photographs
+        --out_dir=out-ablation-photos --results=results/ablation_photos.json    # photographs
     python -m experiments.ablation --figures        # pictures of VAR and FVAR beside the results
 
 Each row and seed trains tokenizers, encodes the data, trains a student, and evaluates it under three sampling
