@@ -161,7 +161,8 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
         runtime.say('note: one class teaches the CNN nothing, so its features stay random')
     path = Path(cnn_file or f'{out_dir}/cnn.pt')
     settings = {
-        'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes, 'images': len(train[0]),
+        'data': data_name, 'image_size': train[0].shape[-1], 'classes': classes,
+        'images': fingerprint(train[0]),
         'steps': cnn_steps, 'batch': cnn_batch, 'lr': cnn_lr, 'seed': cnn_seed,
     }
     if path.is_file():

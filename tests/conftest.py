@@ -18,14 +18,15 @@ os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 
-COUNT_FLOPS = training.count_flops
+COUNT_FLOPS, MEASURED_PEAK = training.count_flops, training.measured_peak
 
 
 @pytest.fixture(autouse=True, scope='session')
 def flops_are_not_counted():
-    """It takes seconds at the start of every run; tests of it ask for `counted`."""
+    """Counting and measuring take seconds at the start of every run; tests of them ask for `counted`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, 'count_flops', lambda function: 1)
+        patch.setattr(training, 'measured_peak', lambda device, autocast: 1e12)
         yield
 
 
@@ -42,6 +43,7 @@ def signals_interrupt_the_tests():
 @pytest.fixture
 def counted(monkeypatch):
     monkeypatch.setattr(training, 'count_flops', COUNT_FLOPS)
+    monkeypatch.setattr(training, 'measured_peak', MEASURED_PEAK)
 
 
 @pytest.fixture

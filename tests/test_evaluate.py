@@ -67,6 +67,8 @@ def test_cnn_is_kept_and_trained_again_only_for_other_data_or_settings(monkeypat
     assert checkpoint.digest(kept.state_dict()) == checkpoint.digest(cnn.state_dict()) and kept_accuracy == accuracy
     with pytest.raises(TypeError):
         evaluate.load_or_train_cnn(train, train, 'another', CLASSES, dev)
+    with pytest.raises(TypeError):
+        evaluate.load_or_train_cnn((255 - train[0], labels), train, 'folder', CLASSES, dev)
     assert 'training it again' in capsys.readouterr().out
 
 
