@@ -31,10 +31,10 @@ demo: $(VENV)/installed
 	$(call run,evaluate)
 
 test: $(VENV)/installed
-	$(python) -m pytest -q -n 2 --dist loadfile tests
+	$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 coverage: $(VENV)/installed
-	$(python) -m pytest -q -n 2 --dist loadfile --cov --cov-report=term tests
+	$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term tests
 
 chaos: $(VENV)/installed
 	$(python) tests/chaos.py

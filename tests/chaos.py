@@ -1,12 +1,12 @@
-"""Kills every long stage with SIGKILL at random moments, gives the same command again till it is done, and compares.
+"""Kills every long stage with SIGKILL at random moments, gives the same command again until it finishes, and compares.
 
     python tests/chaos.py               # `make chaos`: 24 kills of single processes, 2 of an ablation, 2 of one of two ranks, a SIGTERM
     python tests/chaos.py --kills=1     # of each stage, nothing else: what tests/test_chaos.py runs
 
 Weights, optimizers, logs (but for the speed in them), token files and pictures must equal those of an uninterrupted run bit for
-bit, and nothing else may lie about; of the ablation, its results. A stage is forked from this process, which has imported torch:
-what is killed is what a command line starts, without the seconds of the import. Two ranks are real commands, torchrun
---max-restarts.
+bit, and no other file may be left; of the ablation, its results. A stage is forked from this process, which has imported torch:
+what is killed is what a command line starts, without the seconds of the import and of counting. Two ranks are real commands,
+torchrun --max-restarts.
 """
 import os
 
@@ -24,10 +24,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo                                        # else every training would, which takes seconds
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+from util import training
 from util.charts import Charts
 from util.checkpoint import read_log
 
@@ -61,6 +63,11 @@ def command(stage, data):
         own_data.append(f'--base={data / "ablation.py"}')
     config = [] if stage == 'ablation' else [str(HERE / 'config' / 'charts.py')]
     return [str(HERE / f'{stage}.py'), *config, '--out_dir=out', *own_data, *STAGES[stage].split()]
+
+
+def without_counting():
+    """Counting FLOPs and measuring the peak take seconds at the start of a run, in which there is nothing to lose."""
+    training.count_flops, training.measured_peak = lambda function: 1, lambda device, autocast: 1e12
 
 
 def draw_data(folder, image_size=27):
@@ -227,6 +234,7 @@ def main():
         for stage in ('train_tokenizer', 'train_fvar'):
             STAGES[stage] += ' --steps=13'
     torch.set_num_threads(1)
+    without_counting()
     print(f'moments by --seed={options.seed}')
     moments = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix='chaos-'))

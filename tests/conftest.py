@@ -18,7 +18,14 @@ os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 
+HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 COUNT_FLOPS, MEASURED_PEAK = training.count_flops, training.measured_peak
+LONGEST = ['test_training', 'test_chaos', 'test_gpu_memory', 'test_end_to_end', 'test_gpu']
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: `make test` hands files to two processes, and neither must be left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -33,10 +40,8 @@ def flops_are_not_counted():
 @pytest.fixture(autouse=True)
 def signals_interrupt_the_tests():
     """A training run leaves its handlers behind; Ctrl-C must end the tests nevertheless."""
-    numbers = STOP_SIGNALS
-    handlers = [signal.getsignal(number) for number in numbers]
     yield
-    for number, handler in zip(numbers, handlers):
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
@@ -48,7 +53,7 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Runs a script in this process, but for that as a command line does: (exit status, stdout, stderr)."""
+    """Runs a script in this process, otherwise as a command line would: (exit status, stdout, stderr)."""
     def run_script(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [f'{script}.py', *map(str, arguments)])
         capsys.readouterr()

@@ -170,7 +170,7 @@ def test_a_changed_setting_repeats_what_depends_on_it(work, small, tmp_path):
     assert len(again) == len(everything) and not again.keys() & everything.keys() and work() == {}
 
 
-def test_a_setting_that_a_script_gets_later_repeats_nothing_at_its_default(work, small, monkeypatch):
+def test_a_setting_added_later_repeats_nothing_at_its_default(work, small, monkeypatch):
     work()
     monkeypatch.setitem(ablation.DEFAULTS, 'train_fvar', ablation.DEFAULTS['train_fvar'] | {'new': 1})
     assert work() == {}
@@ -183,7 +183,7 @@ def test_a_failure_stops_with_the_last_words_and_keeps_what_is_finished(work):
     assert 'train_tokenizer' in scripts(work()) and work() == {}
 
 
-def test_no_stage_begins_after_the_minutes(work, small, capsys):
+def test_no_stage_starts_after_the_time_limit(work, small, capsys):
     small(minutes=1e-9)
     assert work() == {} and '0 of 12 runs finished' in capsys.readouterr().out
     small(minutes=0.0)

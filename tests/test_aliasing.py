@@ -1,15 +1,12 @@
 """aliasing.py: every measure on a signal whose answer is known in closed form."""
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from configurator import HERE, UserError
+from configurator import UserError
 from experiments import aliasing
 from experiments.aliasing import (
     band_limit, fade, folding, radial_power, sample_positions, spectrum_distance, view, zone_contrast, zone_plate)
@@ -138,7 +135,7 @@ def test_a_disk_keeps_what_its_transfer_function_says():
         assert kept == pytest.approx(disk_mtf(cycles / SIDE, 8.0).item() ** 2, rel=0.02, abs=0.002)
 
 
-def test_a_disk_removes_its_first_zero_at_061_over_its_radius():
+def test_a_disk_has_its_first_zero_at_0_61_over_its_radius():
     radius = 0.6098 * SIDE / 10
     assert folding(wave(10), radius, 32, 'disk')[1] < 1e-4
     assert min(folding(wave(10), factor * radius, 32, 'disk')[1] for factor in (0.9, 1.12)) > 0.002
@@ -222,23 +219,17 @@ STAGE1 = dict(
 )
 
 
-def script(*arguments):
-    command = [sys.executable, '-m', 'experiments.aliasing', *arguments]
-    environment = os.environ | {'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
-
-
-def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
+def test_the_script_measures_views_reconstructions_and_samples(run_script, tmp_path):
     structure, alias = build_tokenizers(STAGE1)
     checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {
         'kind': 'tokenizer', 'config': STAGE1, 'step': 0, 'structure': structure.state_dict(),
         'alias': alias.state_dict()})
     np.savez(tmp_path / 'samples.npz', np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8))
-    run = script(
-        f'--out_dir={tmp_path}/out', f'--tokenizer={tmp_path}/tokenizer.pt',
+    status, _, err = run_script(
+        'experiments/aliasing', f'--out_dir={tmp_path}/out', f'--tokenizer={tmp_path}/tokenizer.pt',
         f'--samples={tmp_path}/samples.npz', '--image_size=64', '--patch_nums=1,2,3,4', '--pictures=2',
         '--real_images=20', '--device=cpu')
-    assert (run.returncode, run.stderr) == (0, '')
+    assert (status, err) == (0, '')
     found = json.loads((tmp_path / 'out' / 'aliasing.json').read_text(), parse_constant=pytest.fail)
     assert found['config']['patch_nums'] == [1, 2, 3, 4] and set(found['pyramid']) == set(aliasing.FILTERS)
     for name, rows in found['pyramid'].items():
@@ -250,10 +241,10 @@ def test_the_script_measures_views_reconstructions_and_samples(tmp_path):
     assert found['spectrum']['generated'][-1] > 10 and len(found['spectrum']['real, half/half']) == 8
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path):
-    run = script('--tokenizer=nowhere.pt', f'--out_dir={tmp_path}/out')
-    assert (run.returncode, run.stdout) == (2, '') and not (tmp_path / 'out').exists()
-    assert run.stderr == 'error: nowhere.pt: no such checkpoint; run train_tokenizer.py first\n'
+def test_a_mistake_is_one_line_and_status_2(run_script, tmp_path):
+    assert run_script('experiments/aliasing', '--tokenizer=nowhere.pt', f'--out_dir={tmp_path}/out') == (
+        2, '', 'error: nowhere.pt: no such checkpoint; run train_tokenizer.py first\n')
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('setting, value, complaint', [

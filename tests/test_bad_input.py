@@ -233,7 +233,7 @@ BROKEN = {
 
 
 def place(data, name, make):
-    """The file that a row of the tables asks for, in train/cat; skips what this file system can not hold."""
+    """The file that a row of the tables asks for, in train/cat; skips what this file system cannot hold."""
     path = data / 'train' / 'cat' / os.fsdecode(name)
     try:
         make(path)
@@ -543,7 +543,7 @@ BAD = {
     'unknown writer': ('train_fvar', '--log_to=excel', None, '--log_to=excel: choose tensorboard or wandb'),
     # output
     'no output folder': ('train_tokenizer', '--out_dir=', None, '--out_dir=: give a folder'),
-    'output that can not be made': (
+    'output that cannot be made': (
         'train_tokenizer',
         '--out_dir=/proc/fvar',
         None,

@@ -44,7 +44,7 @@ def test_rates_and_mfu_follow_from_time_and_flops(monkeypatch, capsys):
     assert '30 tokens/s' in first and '30% of peak' in first and '0.50 ×' in second
 
 
-def test_every_part_runs_and_the_rows_are_kept(tmp_path, run_script):
+def test_every_part_runs_and_the_rows_are_kept(tmp_path, run_script, counted):
     for name, text in (('one.py', STAGE_1), ('two.py', STAGE_2)):
         (tmp_path / name).write_text(text)
     status, out, err = run_script(
@@ -54,7 +54,10 @@ def test_every_part_runs_and_the_rows_are_kept(tmp_path, run_script):
     assert status == 0, err
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
     assert {row['part'] for row in rows} == {'tokenizer', 'encode', 'train', 'sample'}
-    assert all(row['seconds'] > 0 and row['flops_per_image'] > 0 for row in rows)
+    assert all(row['seconds'] > 0 for row in rows)
+    flops = {row['what']: row['flops_per_image'] for row in rows}
+    assert flops['images to token file'] == flops['structure tokens'] + flops['alias tokens']
+    assert min(flops.values()) > 0 and flops['student alone'] < flops['student and teacher']
     assert 'student and teacher' in out and 'tokens/s' in out
 
 

@@ -149,7 +149,7 @@ def test_without_refocusing_there_is_no_blur_and_no_alias(row):
     assert structure.radii == [0.0] * 6 and all((view == 0).all() for view in alias.views(pictures))
 
 
-def test_full_and_gaussian_blur_alike_far_but_not_the_same():
+def test_full_and_gaussian_share_radii_but_not_the_blur():
     (full, full_alias, pictures), (gaussian, gaussian_alias, _) = demo_tokenizers('full'), demo_tokenizers('gaussian')
     assert full.radii == gaussian.radii and full.radii[0] == 4 and full.radii[-1] == 0
     for radius, a, b in zip(full.radii, full_alias.views(pictures), gaussian_alias.views(pictures)):

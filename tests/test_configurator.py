@@ -82,7 +82,8 @@ def test_a_file_that_never_configures_has_no_settings():
     assert read_settings(HERE / 'model.py') == {}
 
 
-@pytest.mark.parametrize('script', SCRIPTS + ('pyramid', 'experiments/aliasing', 'experiments/bench'))
+@pytest.mark.parametrize('script', SCRIPTS + (
+    'pyramid', 'experiments/ablation', 'experiments/aliasing', 'experiments/bench', 'experiments/refocus'))
 def test_every_setting_of_every_script_has_a_comment(script):
     settings = read_settings(HERE / f'{script}.py')
     assert settings and all(settings.values())
@@ -258,7 +259,7 @@ def test_a_missing_config_file_is_named(toy, tmp_path):
 
 
 @pytest.mark.parametrize('config_file', CONFIGS)
-def test_every_script_takes_every_config_file_in_the_box(config_file):
+def test_every_script_takes_every_file_in_config(config_file):
     for script in SCRIPTS:
         settings = importlib.import_module(script).config
         assert read_config_file(HERE / config_file, script, settings)['out_dir'].startswith('out')
@@ -277,16 +278,13 @@ def test_what_a_config_file_sets_for_one_script_is_a_setting_of_that_script(conf
 # -----------------------------------------------------------------------------
 # the command line itself
 
-def run_script(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True)
-
-
-def test_help_of_a_script_is_its_docstring_and_every_setting_with_its_comment():
-    run = run_script('train_fvar.py', '--help')
-    script = importlib.import_module('train_fvar')
-    assert run.returncode == 0 and run.stderr == '' and run.stdout.startswith(script.__doc__.strip())
-    lines = run.stdout.splitlines()
-    for name, comment in read_settings(HERE / 'train_fvar.py').items():
+@pytest.mark.parametrize('name_of_script', ['train_fvar', 'experiments/ablation', 'experiments/refocus'])
+def test_help_of_a_script_is_its_docstring_and_every_setting_with_its_comment(run_script, name_of_script):
+    status, shown, err = run_script(name_of_script, '--help')
+    script = importlib.import_module(name_of_script.replace('/', '.'))
+    assert not status and err == '' and shown.startswith(script.__doc__.strip())
+    lines = shown.splitlines()
+    for name, comment in read_settings(HERE / f'{name_of_script}.py').items():
         assert [
             line
             for line in lines
@@ -295,7 +293,7 @@ def test_help_of_a_script_is_its_docstring_and_every_setting_with_its_comment():
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2():
-    run = run_script('sample.py', 'config/charts.py', '--per_clas=3')
+    run = subprocess.run([sys.executable, 'sample.py', 'config/charts.py', '--per_clas=3'], cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ''
     assert run.stderr == "error: --per_clas=3: unknown setting 'per_clas'; did you mean 'per_class'?\n"
 
@@ -327,7 +325,7 @@ def speak(tmp_path):
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252', 'utf-8'])
-def test_a_console_of_few_characters_ends_no_run(speak, tmp_path, encoding):
+def test_a_narrow_encoding_does_not_end_a_run(speak, tmp_path, encoding):
     for arguments in (), ('--help',), ('--rows=×',):
         done = speak(*arguments, env={'PYTHONIOENCODING': encoding}, capture_output=True)
         assert done.returncode == (2 if arguments == ('--rows=×',) else 0) and b'Traceback' not in done.stderr

@@ -115,7 +115,7 @@ def finished_run(tmp_path, monkeypatch):
     return out, structure, student.eval()
 
 
-def test_student_metrics_of_a_student_that_knows_nothing_are_those_of_even_odds(finished_run):
+def test_student_metrics_of_a_student_that_knows_nothing_are_those_of_a_uniform_distribution(finished_run):
     out, structure, student = finished_run
     torch.nn.init.zeros_(student.head.weight)
     found = evaluate.student_metrics(student, structure, TokenDataset(out / 'tokens', 'val'), nullcontext)
@@ -200,6 +200,20 @@ def test_a_row_compares_the_sets_it_names(finished_run, monkeypatch):
     assert [row['against_images'] for row in rows] == [None, None, 12, None]
 
 
+@pytest.mark.parametrize('reference, floor', [('train', 'val'), ('val', 'train')])
+def test_the_floor_lies_outside_the_reference(finished_run, monkeypatch, reference, floor):
+    """Or the floor of evaluate.py --reference=val would be a distance of pictures to themselves."""
+    images = {split: evaluate.load_images(open_dataset(str(finished_run[0].parent / 'data'), split, 16), 0)[0]
+              for split in ('train', 'val')}
+    sets = {}
+    monkeypatch.setattr(evaluate, 'compare', lambda found, *_: sets.update(found) or [])
+    change(monkeypatch, reference=reference, parts='samples')
+    evaluate.main()
+    assert torch.equal(sets['reference'][0], images[reference])
+    chosen = evenly_over_classes(torch.arange(20) // 10, 12)
+    assert torch.equal(sets['real'][0], images[floor][chosen]) and not torch.equal(images['train'], images['val'])
+
+
 def test_distances_to_an_npz_are_those_to_the_split_it_holds(finished_run, monkeypatch):
     out, distances = finished_run[0], []
     images, _ = evaluate.load_images(open_dataset(str(out.parent / 'data'), 'train', 16), 0)
@@ -251,7 +265,7 @@ def test_results_say_what_is_needed_to_get_them_again(finished_run, monkeypatch)
     ({'tokenizer': 'nowhere.pt'}, 'run train_tokenizer.py first'),
     ({'samples': 'nowhere'}, 'nowhere cannot be read: missing'),
 ])
-def test_a_mistaken_setting_is_one_line(finished_run, monkeypatch, settings, message):
+def test_a_mistaken_setting_is_refused_in_one_line(finished_run, monkeypatch, settings, message):
     change(monkeypatch, **settings)
     with pytest.raises(UserError, match=message) as error:
         evaluate.main()

@@ -15,7 +15,7 @@ import editing
 import pyramid
 import encode
 import evaluate
-from util import checkpoint, runtime
+from util import checkpoint, runtime, training
 import sample
 import tokenizer
 import train_fvar
@@ -225,7 +225,7 @@ def test_editing_and_refocusing_never_wait(gpu, models):
     assert not +gpu.waits and edited.shape == refocused.shape == (2, 3, 24, 24)
 
 
-def test_encoding_waits_once_a_batch_for_its_rows(gpu, models, tmp_path, monkeypatch):
+def test_encoding_waits_once_per_batch_for_its_rows(gpu, models, tmp_path, monkeypatch):
     structure, alias, _ = models
     for name, value in dict(out_dir=str(tmp_path), data='charts:12', batch_size=4, crops=1).items():
         monkeypatch.setattr(encode, name, value)
@@ -305,6 +305,16 @@ def test_encoder_and_decoder_compile_whole(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # MFU
+
+def test_the_peak_is_the_data_sheets_for_a_known_gpu_in_16_bits_and_otherwise_measured(gpu, monkeypatch):
+    def peak(dtype):
+        return training.peak_flops(gpu.device, runtime.precision(dtype, gpu.device)[0])
+
+    monkeypatch.setattr(training, 'measured_peak', lambda device, autocast: 7.0)
+    assert [peak(dtype) for dtype in ('bfloat16', 'float16', 'float32')] == [312e12, 312e12, 7.0]
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'NVIDIA L4')
+    assert peak('bfloat16') == 7.0
+
 
 @pytest.mark.parametrize('script, settings', [(train_tokenizer, STAGE1), (train_fvar, STAGE2)], ids=['stage 1', 'stage 2'])
 def test_operations_per_image_are_those_of_a_step(configured, counted, script, settings):

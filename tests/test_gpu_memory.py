@@ -3,12 +3,14 @@
 Whole steps run at the real size on a GPU that does not exist (fakegpu.py). `make growth` runs all sizes and
 prints the numbers.
 """
+import json
 import os
 
 import pytest
 
 import growth
 import train_fvar
+from configurator import HERE
 from fakegpu import FakeGPU
 
 GIB, FITS = 2 ** 30, 72         # of 80 GB; the CUDA context, NCCL and fragmentation take the rest
@@ -42,6 +44,9 @@ def test_what_is_computed_grows_with_the_depth(monkeypatch, capsys):
     assert d12['tokens'] == 680 and 370 < d16['millions'] < 380
     for name in ('millions', 'tflop_per_image', 'hours', 'gib', 'gib_validation', 'disk_gb'):
         assert d12[name] < d16[name]
+    saved = {row.pop('config'): row for row in json.loads((HERE / 'results' / 'memory.json').read_text())}
+    for row in (d12, d16):                                  # else the documents' tables are out of date
+        assert saved[row.pop('config')] == pytest.approx(row, rel=0.03)
     assert 'computed, not measured' in capsys.readouterr().out
 
 

@@ -118,7 +118,7 @@ def test_no_class_is_a_class_of_its_own(student, tokenizer):
 
 
 @pytest.mark.parametrize('options', [{}, dict(shared_aln=True), dict(qk_norm=False)], ids=str)
-def test_training_starts_from_even_odds(tokenizer, options):
+def test_training_starts_from_a_uniform_distribution(tokenizer, options):
     student = small_student(depth=4, embed_dim=64, num_heads=4, **options)
     labels, inputs, tokens, _ = one_batch(tokenizer)
     logits = student(labels, inputs)
@@ -402,7 +402,7 @@ def test_the_teacher_owns_its_last_blocks_and_a_head(student):
     (dict(alias_scales=0), '4 token maps allow 1 to 3'),
     (dict(alias_scales=4), 'alias_scales=4: 4 token maps allow 1 to 3'),
 ])
-def test_a_mistaken_teacher_is_one_line(student, options, message):
+def test_a_mistaken_teacher_is_refused_in_one_line(student, options, message):
     with pytest.raises(UserError, match=message) as error:
         Teacher(student, ALIAS_VOCAB, **options)
     assert '\n' not in str(error.value)
@@ -448,7 +448,7 @@ def test_the_teachers_loss_moves_only_the_teacher_and_distillation_only_the_stud
     assert all(p.grad is not None and p.grad.any() for name, p in teacher.named_parameters() if 'alias_scale' not in name)
 
 
-def test_the_gate_is_one_sigmoid_a_channel(student):
+def test_the_gate_is_one_sigmoid_per_channel(student):
     layer = trained_like(model.AliasGateCrossAttention(16, 2))
     x, alias = torch.randn(1, 3, 16), torch.randn(1, 5, 16)
     with torch.no_grad():
@@ -507,7 +507,7 @@ def test_features_are_compared_block_by_block_as_later_layers_see_them(student, 
         assert FVAR(student, teacher)(*batch)['feature'].item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_kl_is_from_the_teacher_to_the_student_a_position():
+def test_kl_is_from_the_teacher_to_the_student_per_position():
     student_logits, teacher_logits = torch.randn(2, 3, 5, generator=seeded(1)), torch.randn(2, 3, 5, generator=seeded(2))
     p, q = teacher_logits.softmax(-1), student_logits.softmax(-1)
     terms = distillation_loss(student_logits, teacher_logits, [torch.tensor([[[1.0, -1.0]]])], [torch.tensor([[[-3.0, 3.0]]])])

@@ -4,6 +4,7 @@ The fixture holds a tiny tokenizer and transformer of the published architecture
 published code makes of them. It has QK-norm and an AdaLN per block; the options it lacks are compared with
 reference_logits, a plain reading of the published state dict which is itself held against the fixture.
 """
+import json
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from configurator import UserError
+from conftest import pictures, save_pictures
 from model import VAR, filter_logits, map_of_position
 from published import load_official, published_patch_nums, to_official
 from util.pictures import picture_grid, save_png
@@ -259,7 +261,7 @@ def test_constants_are_the_map_of_a_position_the_mask_and_a_key_bias_of_zero():
 # the options that the fixture lacks
 
 def reference_logits(weights, heads, labels, inputs):
-    """Logits by the facts of the published model, straight from a published state dict: one line a fact, nothing shared."""
+    """Logits by the facts of the published model, straight from a published state dict: one line per fact, nothing shared."""
     def linear(x, name, bias=None):
         return x @ weights[f'{name}.weight'].T + (weights[f'{name}.bias'] if bias is None else bias)
 
@@ -327,7 +329,7 @@ def test_temperatures_are_held_at_one_hundred():
 
 
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_ours_go_out_and_come_back_the_same(options):
+def test_exported_weights_load_back_unchanged(options):
     tokenizer, student = pair(**options)
     vae, var = to_official(tokenizer, student)
     again_tokenizer, again = load_official(vae, var, tokenizer.patch_nums, options['num_heads'])
@@ -531,6 +533,23 @@ def test_published_files_are_sampled_as_they_are(sample, files, exported):
     save_png(files / 'expected.png', picture_grid(images, 2, ['6', '2']))
     assert (files / 'out' / 'samples.png').read_bytes() == (files / 'expected.png').read_bytes()
     assert (files / 'out' / 'focus.gif').is_file()
+
+
+def test_published_files_are_evaluated_on_data_that_is_named(files, run_script):
+    """Seven classes, known by number: the names of the folders need not be those of the transformer."""
+    for split, seed in (('train', 0), ('val', 7)):
+        for c in range(7):
+            save_pictures(files / 'data' / split / f'class {c}', pictures(torch.tensor([0, 1]), side=80, seed=seed + c))
+    arguments = ('evaluate', f'--vae={files}/vae.pth', f'--init_from={files}/var.pth', f'--out_dir={files}/out', '--device=cpu',
+                 '--parts=tokenizer,samples', '--per_class=2', '--distance=cnn', '--cnn_steps=2', '--cnn_batch=8')
+    status, _, err = run_script(*arguments)
+    assert status == 2 and 'give --data=DIR' in err and not (files / 'out').exists()
+    status, _, err = run_script(*arguments, f'--data={files}/data')
+    assert status == 0, err
+    results = json.loads((files / 'out' / 'results.json').read_text())
+    generated, _, _, real = results['distances']
+    assert results['tokenizer']['images'] == generated['images'] == generated['against_images'] == 14
+    assert generated['set'] == 'generated' and generated['fd_cnn'] > real['fd_cnn'], 'its weights are random'
 
 
 @pytest.mark.parametrize('patch_nums', [(1, 2, 3, 5), PATCH_NUMS_512])

@@ -56,7 +56,7 @@ def test_eq_1_a_focus_state_is_a_convolution_with_the_disk(radius):
         assert differ(defocus(x, radius), contrast_kept(radius, pixels_a_cycle) * x) < 1e-6
 
 
-def test_eq_2_the_blur_radius_falls_to_zero_and_not_as_printed_grows_from_it():
+def test_eq_2_the_blur_radius_falls_to_zero_instead_of_growing_as_printed():
     def printed(k, K):
         return 12 * (1 - math.cos(math.pi * (k - 1) / (K - 1))) / 2
 
@@ -244,7 +244,7 @@ def test_eq_8_holds_only_on_average():
         assert alias == pytest.approx(gain * folded / 4 ** 2, abs=1e-9)
 
 
-def test_a_disk_is_no_ideal_filter_for_its_first_side_lobe_is_negative():
+def test_a_disk_is_no_ideal_filter_because_its_first_side_lobe_is_negative():
     """A grating of 1.2 radii a cycle comes back with an eighth of its contrast, black for white."""
     x, pixels_a_cycle = grating(26, 193)
     assert pixels_a_cycle / 12 == pytest.approx(1 / 0.816, rel=0.01)
@@ -361,7 +361,7 @@ def gate_of(attention, x, alias):
         return attention(x, alias) - x
 
 
-def test_eq_10_the_gate_is_one_number_a_channel_between_zero_and_one_and_depends_on_the_data():
+def test_eq_10_the_gate_is_one_number_per_channel_between_zero_and_one_and_depends_on_the_data():
     attention = stir(AliasGateCrossAttention(32, 4)).double()
     x, alias = normal(2, 5, 32), normal(2, 7, 32, seed=1)
     alpha = gate_of(attention, x, alias)
@@ -402,7 +402,7 @@ def test_only_the_last_maps_look_at_alias_tokens(student, batch, alias_scales):
 
 
 @pytest.mark.parametrize('k', [0, 1, 2])
-def test_an_alias_map_is_seen_by_maps_as_late_and_later(student, batch, k):
+def test_an_alias_map_is_seen_by_its_own_and_later_maps(student, batch, k):
     teacher = stir(Teacher(student, 16, alias_scales=3)).eval()
     before, after = (teach(teacher, student, b)[0].split(LENGTHS[1:], 1) for b in (batch, with_other_alias(batch, k)))
     for query, (old, new) in enumerate(zip(before, after), start=1):
@@ -434,7 +434,7 @@ def test_eq_12_the_teacher_has_a_cross_entropy_of_its_own_which_ends_at_the_stud
 
 
 def test_eq_12_each_term_is_what_it_says(network, batch):
-    """Cross-entropies and KL in nats a token; features normalised, squared, averaged over elements, positions, blocks."""
+    """Cross-entropies and KL in nats per token; features normalised, squared, averaged over elements, positions, blocks."""
     labels, inputs, tokens, _ = batch
     terms, first = network(*batch), sum(LENGTHS[:2])
     stream, _ = network.student.hidden(labels, inputs)

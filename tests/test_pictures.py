@@ -1,4 +1,4 @@
-"""pictures.py: grids, files that other programs can read, and photos that can not be read."""
+"""pictures.py: grids, files that other programs can read, and photos that cannot be read."""
 import numpy as np
 import pytest
 import torch
@@ -201,7 +201,7 @@ def broken(folder, kind):
     ('a folder', 'no such picture'),
     ('half a picture', 'cannot be read as a picture'),
 ])
-def test_a_photo_that_can_not_be_read_is_named_in_one_line(tmp_path, kind, message):
+def test_a_photo_that_cannot_be_read_is_named_in_one_line(tmp_path, kind, message):
     with pytest.raises(UserError, match=f'photo.png.*{message}') as error:
         load_photo(broken(tmp_path, kind), 32)
     assert '\n' not in str(error.value)

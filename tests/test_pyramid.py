@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from configurator import UserError
+from configurator import HERE, UserError
 from data import normalize, to_uint8
 from util.charts import Charts
 from pyramid import (build_pyramid, decimate, defocus, defocus_decimate, disk_kernel, focus_radii, gaussian_kernel,
@@ -301,17 +300,21 @@ def test_an_image_that_does_not_fit_the_maps_is_refused():
 # -----------------------------------------------------------------------------
 # the drawing
 
-def draw(photo, out, *arguments):
-    program = Path(__file__).parents[1] / 'pyramid.py'
-    return subprocess.run([sys.executable, str(program), str(photo), f'--out={out}', '--image_size=32', '--patch_nums=1,2,4', *arguments],
-                          capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'utf-8'})
+SMALL = '--image_size=32', '--patch_nums=1,2,4'
+
+
+@pytest.fixture
+def draw(run_script):
+    return lambda photo, out, *arguments: run_script('pyramid', photo, f'--out={out}', *SMALL, *arguments)
 
 
 def test_a_photo_gives_a_drawing_of_three_rows(tmp_path):
+    """On a real command line; the others run in this process."""
     photo, out = tmp_path / 'a photo.jpg', tmp_path / 'drawing.png'
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
     noise.resize((80, 60), Image.Resampling.BICUBIC).save(photo)
-    result = draw(photo, out)
+    result = subprocess.run([sys.executable, str(HERE / 'pyramid.py'), str(photo), f'--out={out}', *SMALL],
+                            capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'utf-8'})
     assert (result.returncode, result.stderr) == (0, '') and str(out) in result.stdout
     with Image.open(out) as picture:
         assert picture.format == 'PNG' and picture.mode == 'RGB'
@@ -322,9 +325,9 @@ def test_a_photo_gives_a_drawing_of_three_rows(tmp_path):
     assert np.abs(alias - 127.5).max() <= 1                 # … so that nothing was removed from it
 
 
-def test_a_photo_can_be_put_out_of_focus(tmp_path):
-    result = draw('brick', tmp_path / 'blurred.png', '--blur=3')
-    assert (result.returncode, result.stderr) == (0, '')
+def test_a_photo_can_be_put_out_of_focus(draw, tmp_path):
+    status, _, err = draw('brick', tmp_path / 'blurred.png', '--blur=3')
+    assert (status, err) == (0, '')
     with Image.open(tmp_path / 'blurred.png') as picture:
         blurred = np.asarray(picture).transpose(2, 0, 1)
     sharp = normalize(Charts('val', 32, 10).images[[Charts.classes.index('brick')]])
@@ -332,13 +335,13 @@ def test_a_photo_can_be_put_out_of_focus(tmp_path):
 
 
 @pytest.mark.parametrize('kind, complaint', [('missing', 'no such picture'), ('corrupt', 'cannot be read as a picture')])
-def test_a_photo_that_can_not_be_read_is_one_line(tmp_path, kind, complaint):
+def test_a_photo_that_cannot_be_read_is_refused_in_one_line(draw, tmp_path, kind, complaint):
     photo, out = tmp_path / 'photo.jpg', tmp_path / 'drawing.png'
     if kind == 'corrupt':
         photo.write_bytes(b'<html>404 not found</html>')
-    result = draw(photo, out)
-    assert result.returncode == 2 and result.stdout == ''
-    assert result.stderr.count('\n') == 1 and str(photo) in result.stderr and complaint in result.stderr
+    status, printed, err = draw(photo, out)
+    assert status == 2 and printed == ''
+    assert err.count('\n') == 1 and str(photo) in err and complaint in err
     assert [file.name for file in tmp_path.iterdir()] == ([photo.name] if kind == 'corrupt' else [])
 
 
@@ -347,7 +350,6 @@ def test_a_photo_that_can_not_be_read_is_one_line(tmp_path, kind, complaint):
     ('--patch_nums=0', 'patch_nums=(0,) must grow from a number ≥ 1'),
     ('--patch_nums=4,2', 'patch_nums=(4, 2) must grow from a number ≥ 1'),
 ])
-def test_a_pyramid_that_makes_no_sense_is_one_line(tmp_path, argument, complaint):
-    result = draw('brick', tmp_path / 'drawing.png', argument)
-    assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {complaint}\n')
+def test_a_pyramid_that_makes_no_sense_is_refused_in_one_line(draw, tmp_path, argument, complaint):
+    assert draw('brick', tmp_path / 'drawing.png', argument) == (2, '', f'error: {complaint}\n')
     assert not list(tmp_path.iterdir())

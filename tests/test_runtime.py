@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -127,7 +128,7 @@ def test_gradients_are_averaged_where_there_are_any(monkeypatch):
     assert [p.grad.tolist() for p in module[0].parameters()] == [[[0, 2, 4], [6, 8, 10]], [12, 14]]
 
 
-def test_one_rank_needs_nobody_to_talk_to():
+def test_collectives_do_nothing_on_one_rank():
     x, module = torch.arange(3.0), nn.Linear(1, 1)
     for same in (runtime.all_reduce(x), runtime.all_reduce(x, average=True), runtime.gather(x)):
         assert same is x and x.tolist() == [0, 1, 2]
@@ -152,21 +153,17 @@ def test_start_seeds_torch_and_returns_the_device():
 
 
 @pytest.mark.parametrize('device', ['toaster', 'cuda:99', ''])
-def test_a_device_that_is_not_there_is_one_line(device):
+def test_a_device_that_is_not_there_is_refused_in_one_line(device):
     with pytest.raises(UserError, match=f'--device={device}: .*; use --device=auto') as error:
         runtime.start(device)
     assert one_line(error)
-
-
-@pytest.mark.parametrize('device', ['cpu', 'meta'])
-def test_has_fast_bfloat16_is_yes_or_no(device):
-    assert type(runtime.has_fast_bfloat16(torch.device(device))) is bool
 
 
 @pytest.mark.parametrize('capability, answer', [('avx512_bf16', True), ('amx_bf16', True), ('avx2', False)])
 def test_a_cpu_is_fast_in_bfloat16_if_it_has_the_instructions(monkeypatch, capability, answer):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {capability: True, 'amx_tile': False})
     assert runtime.has_fast_bfloat16(CPU) is answer
+    assert runtime.has_fast_bfloat16(torch.device('meta')) is False
 
 
 @pytest.mark.parametrize(
@@ -195,7 +192,7 @@ def test_precision_is_what_matrices_are_multiplied_in(monkeypatch, dtype, fast, 
         ('float16', 'needs a GPU'),
     ],
 )
-def test_a_precision_that_will_not_do_is_one_line(dtype, message):
+def test_a_precision_that_will_not_do_is_refused_in_one_line(dtype, message):
     with pytest.raises(UserError, match=f'--dtype={dtype} ?.*{message}') as error:
         precision(dtype, CPU)
     assert one_line(error)
@@ -275,8 +272,6 @@ def test_muon_trains_its_matrices_and_adamw_the_rest_at_one_rate():
     safe_step([network.parameters()], lr=0.01)
     assert {group['lr'] for group in optimizer.param_groups} == {0.01}
     assert not any(map(torch.equal, before, network.parameters()))
-    # an orthogonal update of AdamW's usual size, 0.2 per number
-    assert (matrix - before[0]).square().mean().sqrt() < 0.01
 
 
 def test_muon_trains_a_convolution_as_a_matrix_with_a_row_per_output_channel():
@@ -338,7 +333,7 @@ def descent(grad_clip=1.0, scaler=None):
     )
 
     def step(*gradient, lr=1.0):
-        """The norm; the second result must say no more than it does."""
+        """The norm; the second result must agree with it."""
         parameter.grad = torch.tensor(gradient)
         norm, finite = safe_step([[parameter]], lr)
         assert finite.dtype == torch.bool and finite == math.isfinite(norm)
@@ -413,7 +408,7 @@ def test_ten_bad_steps_in_a_row_give_up():
     assert one_line(error) and parameter.tolist() == [0, 0] and counted(safe_step) == (10, 10)
 
 
-def test_who_asks_late_hears_of_all_bad_steps():
+def test_a_late_check_counts_all_bad_steps():
     _, step, safe_step = descent()
     for _ in range(23):                                     # as between two lines of the log
         step(math.nan, 1.0)
@@ -504,7 +499,7 @@ def test_a_run_is_saved_every_so_many_seconds(saving, monkeypatch):
     assert due == [3, 6, 9]  # the seconds count from the last save, whatever it was for
 
 
-def test_all_ranks_save_when_the_seconds_are_over_on_one(saving, monkeypatch):
+def test_all_ranks_save_when_save_seconds_have_passed_on_one(saving, monkeypatch):
     one = saving(every=100)
     assert not one.due(1, 100)
     monkeypatch.setattr(training, 'all_reduce_max', lambda tensor: torch.tensor([0, 1]))
@@ -604,6 +599,25 @@ def test_auto_resumes_what_there_is(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# speed
+
+def test_speed_is_that_of_the_steps_since_the_last_report_or_start(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(training.time, 'perf_counter', lambda: clock.now)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    speed = training.Speed(images_per_step=8, flops_per_image=1000, peak=20_000)
+    speed.start(10)
+    clock.now = 104.0
+    assert speed.report(15) == {'images_per_second': 10, 'mfu': 0.25}           # of two devices
+    clock.now = 105.0
+    assert speed.report(17) == {'images_per_second': 16, 'mfu': 0.4}
+    clock.now = 200.0                                       # after a validation, which must not count
+    speed.start(17)
+    clock.now = 202.0
+    assert speed.report(18) == {'images_per_second': 4, 'mfu': 0.1}
+
+
+# -----------------------------------------------------------------------------
 # files
 
 def test_what_a_kill_left_is_overwritten(tmp_path):
@@ -633,24 +647,23 @@ def test_a_failure_while_writing_leaves_what_was_there_and_nothing_else(tmp_path
     assert all((tmp_path / name).read_text() == 'old' for name in existing)
 
 
-HOLDER = """
-import sys, time
-from util import checkpoint
-with checkpoint.locked(sys.argv[1]):
-    print('locked', flush=True)
-    time.sleep(60)
-"""
+def hold(lock, taken):
+    with locked(lock):
+        taken.set()
+        time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock a.lock."""
-    command = [sys.executable, '-c', HOLDER, str(tmp_path / 'a.lock')]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'locked\n'
+    processes = multiprocessing.get_context('fork')
+    taken = processes.Event()
+    process = processes.Process(target=hold, args=(tmp_path / 'a.lock', taken))
+    process.start()
+    assert taken.wait(60)
     yield process
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder):
@@ -664,7 +677,7 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path, holder):
 
 def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder):
     holder.kill()
-    holder.wait()
+    holder.join()
     began = time.monotonic()
     with locked(tmp_path / 'a.lock'):
         assert (tmp_path / 'a.lock').read_text() == f'process {os.getpid()} on {platform.node()}'
@@ -734,7 +747,7 @@ def test_the_checkpoint_before_is_kept_and_no_other(checkpoint):
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ['toy.pt', 'toy.pt.previous']
 
 
-def test_a_checkpoint_that_can_not_be_written_leaves_both_that_were_there(checkpoint):
+def test_a_checkpoint_that_cannot_be_written_leaves_both_that_were_there(checkpoint):
     with pytest.raises(Exception, match='pickle|local object'):
         save_checkpoint(checkpoint, {'kind': 'toy', 'oops': lambda: None})
     assert load_checkpoint(checkpoint, 'toy')['step'] == 2
@@ -822,7 +835,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     'content', [b'', b'no checkpoint', b'<html>404 not found</html>', bytes(1000), b'PK\x03']
 )
-def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
     (tmp_path / 'a.pt').write_bytes(content)
     with pytest.raises(UserError, match='a.pt cannot be read .truncated, not a checkpoint') as error:
         read_weights(tmp_path / 'a.pt')
@@ -962,7 +975,7 @@ def test_a_writer_that_is_not_installed_names_its_package(tmp_path, monkeypatch,
     assert one_line(error) and not list(tmp_path.iterdir())
 
 
-def test_an_unknown_writer_is_one_line(tmp_path):
+def test_an_unknown_writer_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match='--log_to=excel: choose tensorboard or wandb'):
         Log(tmp_path / 'a.jsonl', to='excel')
 
@@ -1105,7 +1118,7 @@ class FullDisk(io.BytesIO):
         return super().write(data)
 
 
-def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(checkpoint, monkeypatch, capsys):
+def test_a_disk_that_fills_while_a_checkpoint_is_written_is_reported_in_one_line(checkpoint, monkeypatch, capsys):
     """torch.save says "unexpected pos" and hides the cause."""
     def write():
         monkeypatch.setattr('builtins.open', lambda *_, **__: FullDisk())

@@ -160,7 +160,7 @@ def test_another_seed_gives_other_pictures(samples, whole):
 
 
 # -----------------------------------------------------------------------------
-# one generator a picture
+# one generator per picture
 
 def uniform(seed, numbers, count):
     """What generate() draws codes by, of a list of generators."""

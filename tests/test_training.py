@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -21,7 +20,7 @@ import model
 from util import checkpoint, runtime, training
 import train_fvar
 import train_tokenizer
-from chaos import draw_data
+from chaos import draw_data, without_counting
 from configurator import HERE, UserError, read_config_file
 from model import build_student
 from tokenizer import StructureTokenizer, load_tokenizers
@@ -49,18 +48,10 @@ def run(script, **settings):
         script.main()
 
 
-def run_under_torchrun(script, **settings):
-    """The same as two processes."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'{script.__name__}.py',
-               str(CHARTS_CONFIG), *(f'--{name}={value}' for name, value in settings.items())]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-
-
 def run_on_two_ranks(script, **settings):
-    """The same without torchrun. The processes are forked from one that has imported everything, which takes seconds."""
+    """The same as two processes. They are forked from one that has imported what takes seconds."""
     processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload([__name__])
+    processes.set_forkserver_preload(['train_tokenizer', 'train_fvar', 'torch._dynamo', 'torch.distributed.fsdp'])
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     ranks = [processes.Process(target=run_as_rank, args=(rank, port, script.__name__, settings)) for rank in range(2)]
@@ -75,6 +66,7 @@ def run_as_rank(rank, port, script, settings):
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     torch.set_num_threads(1)
+    without_counting()
     run(sys.modules[script], **settings)
     torch.distributed.destroy_process_group()
 
@@ -99,7 +91,8 @@ def log_of(out, name):
     """(records of the training steps, records of the validations), without the speed, which is no two runs' the same."""
     records = checkpoint.read_log(out / f'{name}.jsonl')
     steps = [r for r in records if 'grad_norm' in r]
-    assert all(r.keys() >= SPEED and min(r.pop(speed) for speed in SPEED) > 0 for r in steps)
+    for record, speed in itertools.product(steps, SPEED):
+        del record[speed]                                   # a KeyError if it is not there
     return steps, [r for r in records if 'grad_norm' not in r]
 
 
@@ -180,7 +173,7 @@ def train_stage1(data, tmp_path):
 def test_two_ranks_train_the_student_that_one_would(stage1, tmp_path):
     settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=20)
     run(train_fvar, **settings, out_dir=str(tmp_path / 'one'))
-    run_under_torchrun(train_fvar, **settings, out_dir=str(tmp_path / 'two'))
+    run_on_two_ranks(train_fvar, **settings, out_dir=str(tmp_path / 'two'))
     for one, two in zip(log_of(tmp_path / 'one', 'fvar'), log_of(tmp_path / 'two', 'fvar')):
         assert_close(one, two, rel=1e-3, abs=1e-6)
     assert len(log_of(tmp_path / 'two', 'fvar')[0]) == 20
@@ -219,15 +212,31 @@ def test_a_teacher_that_teaches_nothing_leaves_the_student_as_it_is(train, tmp_p
     assert not differing(*students)
 
 
-def test_two_passes_a_step_are_one(train, stage2, tmp_path):
+def record_batches(monkeypatch, network):
+    """The list to which every training pass through a class of networks adds its number of pictures."""
+    sizes, forward = [], network.forward
+
+    def counted(self, batch, *rest, **named):
+        if self.training:
+            sizes.append(len(batch))
+        return forward(self, batch, *rest, **named)
+    monkeypatch.setattr(network, 'forward', counted)
+    return sizes
+
+
+def test_two_passes_per_step_are_one(train, stage2, tmp_path, monkeypatch):
+    sizes = record_batches(monkeypatch, model.FVAR)
     train(grad_accum_steps=2)
+    assert sizes == 24 * [4]
     for two, one in zip(log_of(tmp_path, 'fvar'), log_of(stage2, 'fvar')):
         assert_close(two, one, rel=1e-5, abs=1e-6)
 
 
-def test_two_passes_a_step_train_the_structure_tokenizer_that_one_would(train_stage1, stage1, tmp_path):
+def test_two_passes_per_step_train_the_structure_tokenizer_that_one_would(train_stage1, stage1, tmp_path, monkeypatch):
     """The alias tokenizer but nearly: until its scale is known, each pass divides the views by its own."""
+    sizes = record_batches(monkeypatch, StructureTokenizer)
     train_stage1(grad_accum_steps=2)
+    assert sizes == 18 * [2]                                # the three steps of the warm start have no codes
     for two, one in zip(log_of(tmp_path, 'tokenizer')[0], log_of(stage1, 'tokenizer')[0], strict=True):
         assert two.keys() == one.keys()
         for name in two.keys() & {'l1', 'l2', 'focus', 'vq', 'lr', 'skipped'}:
@@ -257,7 +266,7 @@ def test_checkpointed_blocks_keep_less_for_the_backward_pass(stage1):
     assert sizes[1] < 0.5 * sizes[0]
 
 
-def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_path):
+def test_sharded_weights_train_the_student_that_one_rank_would(stage1, tmp_path):
     """FSDP2 on two ranks, interrupted in between; the deployed file is whole."""
     settings = STAGE2 | dict(tokenizer=str(stage1 / 'tokenizer.pt'), steps=8, grad_accum_steps=2)
     run(train_fvar, **settings, out_dir=str(tmp_path / 'one'), save_every=4)
@@ -286,19 +295,32 @@ def test_shared_out_weights_train_the_student_that_one_rank_would(stage1, tmp_pa
     assert all(torch.allclose(one[name], again[name], atol=1e-4) for name in one)
 
 
-def test_weights_are_shared_out_over_several_ranks_only(train):
+def test_sharding_needs_several_ranks(train):
     with pytest.raises(UserError, match='--fsdp needs several ranks: start with torchrun'):
         train(fsdp=True)
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
-def test_compiled_blocks_give_the_same_run(train, tmp_path):
+def test_compiled_blocks_give_the_same_run(train, tmp_path, monkeypatch):
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compiled.append(module) or compile_module(module))
     small = dict(steps=2, drop_path=0.0, depth=1, distill=False)    # compiling is slow
     train(**small)
     eager = log_of(tmp_path, 'fvar')
+    assert not compiled
     train(**small, compile=True)
+    assert [type(module) for module in compiled] == [model.Block]
     for one, two in zip(eager, log_of(tmp_path, 'fvar')):
         assert_close(one, two, rel=1e-3, abs=1e-5)
+
+
+def test_the_structure_tokenizer_is_compiled_only_if_asked_for(train_stage1, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train_tokenizer, 'compile_convolutions', compiled.append)
+    train_stage1(steps=1)
+    assert not compiled
+    train_stage1(steps=1, compile=True)
+    assert [type(tokenizer) for tokenizer in compiled] == [StructureTokenizer]
 
 
 # -----------------------------------------------------------------------------
@@ -327,7 +349,7 @@ def test_a_student_resumed_under_muon_is_the_uninterrupted_one_bit_for_bit(stage
     (dict(optimizer='sgd'), '--optimizer=sgd: choose adamw or muon'),
     (dict(optimizer='muon', fsdp=True), '--optimizer=muon needs whole matrices: use --fsdp=False'),
 ])
-def test_an_optimizer_that_cannot_be_is_one_line(train, extra, message, monkeypatch):
+def test_an_impossible_optimizer_is_refused_in_one_line(train, extra, message, monkeypatch):
     monkeypatch.setattr(runtime, 'shard', lambda *_: None)
     with pytest.raises(UserError, match=message):
         train(**extra)
@@ -413,7 +435,7 @@ def test_what_was_measured_last_is_not_forgotten_by_a_resumed_run(train, tmp_pat
     assert state_of(checkpoint.previous(tmp_path / 'student.pt'), 'metrics') == figures and figures
 
 
-def test_a_run_is_saved_between_its_steps_when_the_seconds_are_over(train, tmp_path):
+def test_a_run_is_saved_between_its_steps_when_save_seconds_have_passed(train, tmp_path):
     train(steps=3, save_every=100, save_seconds=1e-6, eval_every=100)
     assert [state_of(file)['/step'] for file in (tmp_path / 'fvar_state.pt', tmp_path / 'fvar_state.pt.previous')] == [3, 2]
 
@@ -478,7 +500,7 @@ def test_a_student_is_not_resumed_with_its_classes_in_another_order(train, stage
 TUNED = dict(lr=1e-5, dtype='bfloat16', grad_clip=0.5, betas=(0.8, 0.9), weight_decay=0.01, warmup=3)
 
 
-def test_a_student_is_resumed_with_whatever_else_and_it_is_said_and_done(train, stage2, tmp_path, capsys):
+def test_other_changes_at_a_resume_are_reported_and_applied(train, stage2, tmp_path, capsys):
     shutil.copytree(stage2, tmp_path, dirs_exist_ok=True)
     changes = TUNED | dict(lambda_feat=0.1, lambda_logit=0.1, drop_path=0.0, class_dropout=0.5, distill_warmup=1)
     train(init_from='resume', steps=14, **changes)
@@ -529,7 +551,7 @@ def test_tokenizers_can_start_from_their_own_weights(train_stage1, stage1, tmp_p
 
 
 @pytest.mark.parametrize('classes', [
-    ['car', 'plane'], [1, 'emu'], ['ant', 'bee', 0], [3, 2, 1, 0, 'emu'], [0, 1, 2, 3]], ids=str)
+    ['car', 'plane'], [1, 'emu'], ['ant', 'bee', 0], [3, 2, 1, 0, 'emu'], [0, 1, 2, 3], ['only']], ids=str)
 def test_class_embeddings_are_matched_by_name(train, stage1, stage2, tmp_path, monkeypatch, capsys, classes):
     """classes: new names, or numbers of classes of stage 2."""
     saved = torch.load(stage2 / 'student.pt', weights_only=True)
