@@ -102,7 +102,7 @@ def test_pictures_are_what_the_student_makes_of_their_class_and_number(whole, tr
 
 
 def test_the_compiled_loop_is_one_graph_and_draws_the_same_pictures(samples, whole, monkeypatch):
-    """Traced as it is to be compiled; the C++ which comes of it takes half a minute, and test_training.py has some."""
+    """Traced as it is to be compiled, without the C++ that would come of it, which takes half a minute or more."""
     compiled, compile_function = [], torch.compile
     monkeypatch.setattr(torch, 'compile', lambda function, mode, dynamic: (
         compiled.append(function.__name__), compile_function(function, backend='aot_eager', fullgraph=True, dynamic=dynamic))[1])
