@@ -358,7 +358,12 @@ BAD = {
         lambda at: [file.rename(file.with_suffix('.heic')) for file in (at.data / 'train' / 'cat').iterdir()],
         "class 'cat' of",
     ),
-    'file as data': ('train_tokenizer', '--data=/dev/null', None, "'/dev/null/train': no such folder"),
+    'file as data': (
+        'train_tokenizer',
+        '--data=/dev/null',
+        None,
+        "'/dev/null/train': no such folder, or it has no class folders; data must be 'charts' or",
+    ),
     'data gone since stage 1': ('encode', '', lambda at: shutil.rmtree(at.data), 'no such folder'),
     'data with a newline': (
         'train_tokenizer',

@@ -20,6 +20,7 @@ import sample
 import tokenizer
 import train_fvar
 import train_tokenizer
+from chaos import draw_data
 from configurator import HERE
 from data import TokenDataset, sample_generators
 from fakegpu import FakeGPU
@@ -160,12 +161,13 @@ def test_no_step_of_stage_2_waits(gpu, configured, settings):
 
 @pytest.mark.parametrize('script, settings', [(train_tokenizer, STAGE1 | GAN), (train_fvar, STAGE2)], ids=['stage 1', 'stage 2'])
 def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, monkeypatch, script, settings):
-    settings = settings | dict(out_dir=str(tmp_path), steps=4)
+    settings, data = settings | dict(out_dir=str(tmp_path), steps=4), str(tmp_path / 'data')
+    draw_data(tmp_path / 'data')
     if script is train_fvar:
-        run(train_tokenizer, **STAGE1 | dict(data='charts:20', out_dir=str(tmp_path), steps=4))
-        run(encode, data='charts:20', out_dir=str(tmp_path), dtype='float32', device='cpu')
+        run(train_tokenizer, **STAGE1 | dict(data=data, out_dir=str(tmp_path), steps=4))
+        run(encode, data=data, out_dir=str(tmp_path), dtype='float32', device='cpu')
     else:
-        settings['data'] = 'charts:20'
+        settings['data'] = data
     run(script, **settings)
     alive = []
 
@@ -177,7 +179,7 @@ def test_nothing_of_a_checkpoint_is_held_after_resuming(configured, tmp_path, mo
     with FakeGPU() as gpu:
         configured(script, **settings | CUDA | dict(dtype='float32'))
         with gpu.building():
-            ready = set_up(script, gpu, num_classes=10)
+            ready = set_up(script, gpu, num_classes=4)
         growth.begin(ready.optimizer, *([ready.gan_optimizer] if script is train_tokenizer else []))
         before = gpu.live
         monkeypatch.setattr(script, 'load_checkpoint', watched)

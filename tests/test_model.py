@@ -522,29 +522,31 @@ STAGE1 = dict(image_size=16, patch_nums=PATCH_NUMS, vocab_size=VOCAB, codebook_d
               alias_vocab_size=ALIAS_VOCAB, alias_codebook_dim=4, alias_channels=12, alias_res_blocks=1, beta=0.25, dual=True)
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """One step of train_fvar.py with a teacher, on token files of noise: (out_dir, structure tokenizer)."""
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """One step of train_fvar.py with a teacher, on token files of noise: (out_dir, structure tokenizer). Not to be written to."""
     torch.manual_seed(0)
+    out = tmp_path_factory.mktemp('trained')
     structure, alias = build_tokenizers(STAGE1)
-    checkpoint.save_checkpoint(tmp_path / 'tokenizer.pt', {
+    checkpoint.save_checkpoint(out / 'tokenizer.pt', {
         'kind': 'tokenizer', 'config': STAGE1 | {'data': 'charts'}, 'step': 0,
         'structure': structure.state_dict(), 'alias': alias.state_dict()})
-    (tmp_path / 'tokens').mkdir()
+    (out / 'tokens').mkdir()
     for split in ('train', 'val'):
         rows = np.random.default_rng(0).integers(0, [VOCAB] * 30 + [ALIAS_VOCAB] * 14 + [CLASSES], size=(8, 45)).astype('<u2')
-        rows.tofile(tmp_path / 'tokens' / f'{split}.bin')
-        checkpoint.write_json(tmp_path / 'tokens' / f'{split}.json', {
+        rows.tofile(out / 'tokens' / f'{split}.bin')
+        checkpoint.write_json(out / 'tokens' / f'{split}.json', {
             'rows': 8, 'columns': 45, 'patch_nums': list(PATCH_NUMS), 'alias_patch_nums': list(PATCH_NUMS[:-1]), 'vocab_size': VOCAB,
             'alias_vocab_size': ALIAS_VOCAB, 'classes': [f'class {i}' for i in range(CLASSES)],
             'tokenizer': checkpoint.digest(structure.state_dict())})
-    settings = dict(out_dir=str(tmp_path), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
+    settings = dict(out_dir=str(out), depth=2, embed_dim=16, num_heads=2, steps=1, batch_size=4, eval_pictures=8,
                     device='cpu', dtype='float32')
-    for name, value in settings.items():
-        monkeypatch.setattr(train_fvar, name, value)
-        monkeypatch.setitem(train_fvar.config, name, value)
-    train_fvar.main()
-    return tmp_path, structure
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(train_fvar, name, value)
+            patch.setitem(train_fvar.config, name, value)
+        train_fvar.main()
+    return out, structure
 
 
 def test_what_is_deployed_holds_no_weight_of_the_teacher(trained):
