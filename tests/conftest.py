@@ -18,6 +18,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell ignores it for what it starts in the background
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 COUNT_FLOPS, MEASURED_PEAK = training.count_flops, training.measured_peak
 LONGEST = ['test_training', 'test_chaos', 'test_gpu_memory', 'test_end_to_end', 'test_gpu']
