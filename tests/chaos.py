@@ -233,6 +233,7 @@ def main():
     if options.kills:                                       # short: fewer steps between them, too
         for stage in ('train_tokenizer', 'train_fvar'):
             STAGES[stage] += ' --steps=13'
+        STAGES['encode'] += ' --crops=1'
     torch.set_num_threads(1)
     without_counting()
     print(f'moments by --seed={options.seed}')

@@ -31,8 +31,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope='session')
 def flops_are_not_counted():
-    """Counting and measuring take seconds at the start of every run; tests of them ask for `counted`."""
+    """Counting and measuring take seconds at the start of every run; tests of them ask for `counted`.
+
+    Drawing the loss curves takes half a second at its end; the test of the whole demo has them.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('util.pictures.plot_losses', lambda *arguments: None)
         patch.setattr(training, 'count_flops', lambda function: 1)
         patch.setattr(training, 'measured_peak', lambda device, autocast: 1e12)
         yield

@@ -115,8 +115,8 @@ def stage1_steps(gpu, configured, steps, **settings):
     {}, GAN | dict(lambda_lpips=1.0, grad_accum_steps=2, grad_checkpoint=True), dict(dual=False, focus_input='view'),
     dict(pyramid='scale', dtype='float16')], ids=lambda settings: ' '.join(settings) or 'plain')
 def test_no_step_of_stage_1_waits(gpu, configured, settings):
-    """In the warm start, with codes, with dead codes that start anew."""
-    assert [waits for _, waits in stage1_steps(gpu, configured, (0, 4, 7), **settings)] == [{}, {}, {}]
+    """In the warm start, and with codes of which dead ones start anew."""
+    assert [waits for _, waits in stage1_steps(gpu, configured, (0, 7), **settings)] == [{}, {}]
 
 
 def test_counting_flops_leaves_no_kernel_without_data(configured, counted):
@@ -206,10 +206,11 @@ def models(gpu):
     return structure.eval(), alias.eval(), student.eval()
 
 
-@pytest.mark.parametrize('options', [{}, dict(cfg=0), dict(smooth=True), dict(top_k=0, top_p=0), dict(top_k=1)],
-                         ids=lambda options: ' '.join(options) or 'plain')
-@pytest.mark.parametrize('one_each', [False, True], ids=['one generator', 'one for each picture'])
-def test_sampling_never_waits(gpu, models, options, one_each):
+@pytest.mark.parametrize('one_each, options', [
+    (False, {}), (False, dict(cfg=0)), (False, dict(smooth=True)), (False, dict(top_k=0, top_p=0)), (False, dict(top_k=1)),
+    (True, {}), (True, dict(smooth=True))], ids=str)
+def test_sampling_never_waits(gpu, models, one_each, options):
+    """one_each: a generator for each picture."""
     structure, _, student = models
     generator = sample_generators(0, range(3)) if one_each else torch.Generator('cuda').manual_seed(0)
     with torch.autocast('cuda', dtype=torch.bfloat16):
@@ -282,7 +283,7 @@ def test_sampling_is_one_graph_and_no_other_but_for_another_number_of_pictures(o
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     student.sample = torch.compile(student.sample, backend=counter, fullgraph=True, dynamic=False)
-    for count, graphs in ((2, 1), (2, 1), (3, 2), (2, 2)):
+    for count, graphs in ((2, 1), (2, 1)) if options else ((2, 1), (2, 1), (3, 2), (2, 2)):
         student.generate(structure, torch.arange(count), generator=torch.Generator().manual_seed(0), **options)
         assert counter.frame_count == graphs
 
