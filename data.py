@@ -49,7 +49,7 @@ Image.init()
 NOT_READ = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 FORMATS = [name for name in Image.ID if name not in NOT_READ]
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # bytes; the pixels are fine
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # bytes; accept long text
 
 
 def class_folders(folder):
@@ -278,7 +278,7 @@ def leave_signals_to_training(worker):
 def balanced_labels(num_classes, count, seed):
     """VAR's protocol: labels (count,) with every class equally often, shuffled. UserError if impossible."""
     if count % num_classes:
-        raise UserError(f'{count} samples cannot be shared equally by {num_classes} classes: '
+        raise UserError(f'{count} samples cannot be split evenly over {num_classes} classes: '
                         f'use a multiple of {num_classes}')
     order = torch.randperm(count, generator=runtime.generator(seed, 'order of the classes'))
     return order % num_classes

@@ -88,7 +88,7 @@ def refocus(student, tokenizer, blurred, radius, labels, noise=1e-3, **sampling)
 
     The photo is blurred further to every state it determines (squared radii of successive blurs add, as
     variances do) and tokenized that far; the student samples the remaining maps. consistent() then restores
-    what the blur preserved; `noise` is for it, 0 skips it. labels (B,) and sampling: as in edit(). Raises
+    what the blur preserved, given `noise`; 0 skips this. labels (B,) and sampling: as in edit(). Raises
     UserError if the radius is outside the tokenizer's focus states, or if it has none.
     """
     further = [

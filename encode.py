@@ -5,7 +5,7 @@
 
 Reads out_dir/tokenizer.pt. Writes out_dir/tokens/{train,val}.bin and .json. Each row of the uint16 files is
 one crop of an image: structure tokens r_1 … r_K, alias tokens a_1 … a_{K−1}, label. To continue an
-interrupted run, give the same command again.
+interrupted run, run the same command again.
 """
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def encode_split(split, structure, alias, stage1, dev, autocast):
         close_table(partial)
         runtime.say(f'wrote {final}: {len(kept)} × {columns} tokens, {final.stat().st_size / 1e6:.1f} MB')
         if len(kept) < len(table):
-            runtime.say(f'left out {len(table) - len(kept)} rows, whose images cannot be read')
+            runtime.say(f'left out {len(table) - len(kept)} rows whose images cannot be read')
     runtime.barrier()
 
 

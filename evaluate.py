@@ -1,6 +1,6 @@
 """Measures a finished run: the tokenizer, the student, and the pictures it generates.
 
-    python evaluate.py                                          # everything about out/, sampling on the way
+    python evaluate.py                                          # everything about out/, sampling on the fly
     python evaluate.py --out_dir=out-d16 --per_class=50 --dtype=auto
     python evaluate.py --parts=tokenizer                        # before there is a student
     python evaluate.py --samples=samples.npz                    # an .npz (arr_0) or a folder of PNGs
@@ -15,7 +15,7 @@ samples    FID, IS, precision and recall by torch-fidelity if the Inception weig
            compares runs on the same data and must never be called FID. `recognised` is the fraction of images
            that this CNN assigns to their class.
 
-Every distance of samples stands next to that of reconstructions (the tokenizer's part of it) and of real
+Each distance of samples is shown with that of reconstructions (the tokenizer's part of it) and of real
 images outside the reference (the floor: what perfect samples would get). The reference is a split of the
 data, a folder, or an .npz of images or of published statistics (mu and sigma of Inception features over a
 training set). With statistics, FID is measured against these, and precision and recall against the images in
@@ -186,7 +186,7 @@ def load_or_train_cnn(train, held_out, data_name, classes, dev):
 # metrics
 
 def tokenizer_metrics(structure, images, autocast):
-    """PSNR in dB, SSIM and the perplexity in training for uint8 images; and their reconstructions, uint8."""
+    """PSNR (dB) and SSIM of uint8 images, and training perplexity; then the reconstructions, uint8."""
     codebook = structure.quantizer.codebook
     psnr_sum, ssim_sum, decoded = 0.0, 0.0, []
     for batch in images.split(batch_size or 50):

@@ -4,7 +4,7 @@ sections 3.3–3.6).
 A picture is K token maps. Map k has p_k² tokens, all predicted at once from the maps before it. In training
 one pass covers all L = Σ p_k² positions. Those of map k read f̂_{k−1} pooled to p_k × p_k, never map k's own
 tokens, and attend under a block-causal mask to each other and to all earlier positions. The student is the
-published VAR (Tian et al. 2024) to the letter, so weights pass in both directions: see published.py.
+published VAR (Tian et al. 2024) to the letter, so weights convert both ways: see published.py.
 
 Shapes: B batch, L positions, D embed_dim, V codes, C codebook_dim, H heads.
 """
@@ -320,7 +320,7 @@ class VAR(nn.Module):
         return tokens, images.float()
 
     def sample(self, quantizer, labels, randoms, gumbels, cfg, top_k, top_p, given):
-        """The loop of generate() for given random numbers: (tokens, f̂_K). One graph; it waits for nothing.
+        """The loop of generate() for given random numbers: (tokens, f̂_K). One graph, without GPU syncs.
 
         Per map, randoms has what sample_tokens() takes; gumbels has what smooth_codes() takes, or None.
         """
@@ -373,7 +373,7 @@ def block_causal_mask(patch_nums):
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (..., V) with −inf outside the top_k largest, and of those outside the smallest set of likeliest
+    """logits (..., V) with −inf outside the top_k largest, then outside the smallest set of the likeliest
     codes whose probability reaches top_p.
 
     Only the top_k largest are sorted. Both filters then reduce to one threshold, so equal logits stay or go
@@ -491,7 +491,7 @@ class Teacher(nn.Module):
         self.start = sum(lengths[:-alias_scales])           # the first position that sees alias tokens
         map_of = map_of_position(student.patch_nums)
         map_of_alias = map_of[sum(lengths[:-alias_scales - 1]):sum(lengths[:-1])]   # K − M … K − 1
-        # two maps see all alias tokens there are, and attention is faster without a mask
+        # up to two maps see every alias token, and attention is faster without a mask
         mask = map_of[self.start:, None] >= map_of_alias if alias_scales > 2 else None
         self.blocks = copy.deepcopy(student.blocks[shared_blocks:])
         for block in self.blocks[-teacher_blocks:]:

@@ -1,4 +1,4 @@
-"""VAR's published weights, in and out, and the choice between them and our own checkpoints.
+"""Import and export of VAR's published weights, and the choice between them and our own checkpoints.
 
     tokenizer, student = load_official(vae_state_dict, var_state_dict, patch_nums)
     vae_state_dict, var_state_dict = to_official(tokenizer, student)        # the inverse, bit for bit
@@ -60,7 +60,7 @@ def official_state(module):
 # -----------------------------------------------------------------------------
 # in
 
-# where a checkpoint of VAR's trainer has it, a weight that it must have, a file of VAR's release
+# its key in VAR's trainer checkpoints, a weight that must be there, a file of VAR's release
 PARTS = {
     'tokenizer': ('vae_local', 'quantize.embedding.weight', 'vae_ch160v4096z32.pth'),
     'transformer': ('var_wo_ddp', 'word_embed.weight', 'var_d16.pth'),
@@ -70,7 +70,7 @@ PARTS = {
 class Published(dict):
     """A copy of a published state dict. UserError if it is not one, or for a name that it lacks.
 
-    what: one of PARTS. Prefixes that DDP and torch.compile add are removed, and what is not a tensor.
+    what: one of PARTS. Prefixes that DDP and torch.compile add, and all non-tensors, are removed.
     """
 
     def __init__(self, saved, what):
@@ -100,7 +100,7 @@ def published_patch_nums(var_state_dict):
 
 
 def load_official(vae_state_dict, var_state_dict, patch_nums, num_heads=0):
-    """(StructureTokenizer, VAR) in eval mode from the published state dicts, whose names and shapes tell all
+    """(StructureTokenizer, VAR) in eval mode from the published state dicts, whose names and shapes give all
     sizes.
 
     num_heads: see load_official_student. Raises UserError if a dictionary is not what it should be, or

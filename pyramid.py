@@ -56,6 +56,8 @@ def gaussian_kernel(sigma):
 
 
 def radial_kernel(profile, half):
+    if half > 5000:                             # building it would take gigabytes
+        raise UserError(f'a blur of {half} pixels fits no image: lower it, or max_radius')
     offset = torch.arange(-half, half + 1, dtype=torch.float64, device='cpu')   # even where meta is default
     weight = profile(torch.hypot(offset[:, None], offset[None, :]))
     return (weight / weight.sum()).float()

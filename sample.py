@@ -68,7 +68,7 @@ top_p = 0.96                    # keep the most likely codes up to this total pr
 smooth = False                  # Gumbel-softmax mixtures of codes: smoother pictures, not for FID
 # system
 compile = False                 # compile the sampling loop: takes minutes, pays off for many samples
-batch_size = 0                  # pictures per batch, if not of a photo; 0: 50, or what fits in 16 GiB
+batch_size = 0                  # pictures per batch (not for photos); 0: 50, or what fits in 16 GiB
 device = 'auto'                 # auto | cpu | cuda
 dtype = 'float32'               # auto | float32 | bfloat16 | float16
 config = configure(globals())

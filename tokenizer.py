@@ -235,8 +235,8 @@ class Codebook(nn.Embedding):
         """Moves dead codes (used less than `threshold` times the average) onto vectors. Returns how many.
 
         vectors: per token map, the (n_k, C) quantizer inputs. A map is chosen first, then one of its
-        vectors, so the few tokens of coarse maps get codes too. Every code, dead or not, is given a vector,
-        so no GPU has to be asked which are dead. Nothing changes if `finite` is false.
+        vectors, so the few tokens of coarse maps get codes too. A vector is drawn for every code, dead or
+        not, so no GPU sync is needed. Nothing changes if `finite` is false.
         """
         use, (codes, dim) = self.usage.sum(0), self.weight.shape
         dead = (use < threshold * use.mean()) & finite

@@ -92,11 +92,11 @@ dtype = 'auto'                  # auto | float32 | bfloat16 | float16
 seed = 0                        # determines everything random
 config = configure(globals())
 
-# what a resumed run cannot change: shapes of weights, and which images each step sees
+# what a resumed run cannot change: shapes of weights, and which images each step sees (the folder may move)
 FIXED = (
-    'data', 'image_size', 'flip', 'batch_size', 'seed', 'patch_nums', 'vocab_size', 'codebook_dim',
-    'channels', 'channel_mult', 'res_blocks', 'phis', 'dual', 'alias_vocab_size', 'alias_codebook_dim',
-    'alias_channels', 'alias_res_blocks', 'gan_channels', 'optimizer')
+    'image_size', 'flip', 'batch_size', 'seed', 'patch_nums', 'vocab_size', 'codebook_dim', 'channels',
+    'channel_mult', 'res_blocks', 'phis', 'dual', 'alias_vocab_size', 'alias_codebook_dim', 'alias_channels',
+    'alias_res_blocks', 'gan_channels', 'optimizer')
 
 
 def patch_discriminator(width):
@@ -152,7 +152,7 @@ def set_up(dev):
     runtime.broadcast_weights(run.networks)
     if lambda_lpips:
         run.lpips = load_lpips(dev)
-    matrices = [part.weight for part in run.tokenizers.modules()                # not from and to RGB
+    matrices = [part.weight for part in run.tokenizers.modules()                # not to or from RGB
                 if isinstance(part, nn.Conv2d) and min(part.in_channels, part.out_channels) > 3]
     run.optimizer = training.build_optimizer(optimizer, matrices, run.tokenizers, lr, betas, weight_decay)
     run.gan_optimizer = training.adamw(run.discriminator, lr, betas, weight_decay)
@@ -228,7 +228,7 @@ def train_step(run, step, images):
 
 
 def discriminator_step(run, passes, finite):
-    """One step by the hinge loss, which is returned. Skipped where `finite` (tensor) is false or its own
+    """One step on the hinge loss, which is returned. Skipped where `finite` (tensor) is false or its own
     gradient is not finite."""
     run.gan_optimizer.zero_grad(set_to_none=True)           # drops what the generator's loss left there
     total = 0
@@ -282,7 +282,7 @@ def flops_per_image():
 def validate(run, step, images, size):
     """Prints and returns metrics of held-out uint8 images, in batches of `size`: PSNR of the picture and of
     every focus state (dB), codes used, and the fraction of alias energy that Q_A misses (0 for an empty
-    view). Perplexity is that of training."""
+    view). Perplexity is from training."""
     structure, alias, codebook = run.structure, run.alias, run.structure.quantizer.codebook
     sums, hits, K = 0, 0, len(patch_nums)
     for part in images.split(size):

@@ -101,7 +101,7 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 PIPE, KEPT_OPEN = os.pipe()
-LOCKS = defaultdict(threading.Lock)     # one per folder: a row waits while another trains their tokenizers
+LOCKS = defaultdict(threading.Lock)     # per folder: a row waits while another trains shared tokenizers
 deadline = math.inf                     # no stage starts after this time (time.monotonic)
 
 

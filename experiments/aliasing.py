@@ -62,7 +62,7 @@ TABLES = {
 
 
 # -----------------------------------------------------------------------------
-# views of a periodic picture, whose borders neither fold nor move
+# views of a periodic picture, to avoid border effects
 
 def band_limit(images, size, where):
     """Reads images (B, C, S, S) at pixel positions `where` (n,) on both axes, through an ideal low-pass.

@@ -2,7 +2,7 @@
 
     python -m experiments.results           # or make results
 
-The comment <!-- table: NAME --> stands above each of them; NAME is a key of TABLES below.
+The comment <!-- table: NAME --> precedes each of them; NAME is a key of TABLES below.
 """
 import math
 import re
@@ -75,7 +75,7 @@ def averages(columns, groups):
 
 
 def quality(name):
-    """What tokenizer and student reach in every row of an ablation."""
+    """Tokenizer and student metrics for every row of an ablation."""
     columns = {
         'psnr': ('PSNR, dB', '.2f'), 'ssim': ('SSIM', '.3f'), 'rfd': ('rFD', '.2f'),
         'bits': ('bits per image', '.1f'), 'recognised': ('recognised', '.1%')
@@ -204,7 +204,7 @@ TABLES = {
 
 
 def rewrite(text):
-    """A document with all its tables as the results have them."""
+    """A document with its tables rebuilt from the results."""
     def table(match):
         head, *body = TABLES[match[1]]()
         lines = [head, ['---'] * len(head), *body]

@@ -535,7 +535,7 @@ def test_a_corrupt_image_is_skipped_with_a_warning_and_left_out_of_the_tokens(ru
     assert run('train_tokenizer', tmp_path / 'out', data=data)[0] == 0
     status, out, err = run('encode', tmp_path / 'out', data=data)
     assert err.count(f'warning: skipped {str(broken)!a}: ') == 1
-    assert status == 0 and 'train.bin: 47 × 197 tokens' in out and 'left out 1 rows, whose images cannot be read' in out
+    assert status == 0 and 'train.bin: 47 × 197 tokens' in out and 'left out 1 rows whose images cannot be read' in out
     assert TokenDataset(tmp_path / 'out' / 'tokens', 'train').batch(list(range(47)))[2].bincount().tolist() == [12, 12, 12, 11]
     assert run('train_fvar', tmp_path / 'out', '--steps=1', data=data)[0] == 0
 

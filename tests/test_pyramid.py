@@ -184,6 +184,8 @@ def test_a_blur_wider_than_the_image_is_refused():
     for blur in (lambda: defocus(images, 15.6), lambda: defocus_decimate(images, 15.6, 4)):
         with pytest.raises(UserError, match='16 pixels does not fit an image of 16: lower it, or max_radius'):
             blur()
+    with pytest.raises(UserError, match='a blur of 1000000000 pixels fits no image: lower it, or max_radius'):
+        defocus(images, 1e9)
 
 
 @pytest.mark.parametrize('step', [1, 2, 3, 4, 12])

@@ -245,8 +245,8 @@ def test_a_partial_file_that_was_cut_short_is_not_trusted(samples, whole, interr
 # bad input
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--num_samples=31'], '31 samples cannot be shared equally by 3 classes: use a multiple of 3'),
-    (['--num_samples=2'], '2 samples cannot be shared equally by 3 classes'),
+    (['--num_samples=31'], '31 samples cannot be split evenly over 3 classes: use a multiple of 3'),
+    (['--num_samples=2'], '2 samples cannot be split evenly over 3 classes'),
     (['--num_samples=-3'], '--num_samples=-3: must be at least 0'),
     (['--num_samples=30', '--classes=1'], '--num_samples take no --classes'),
     (['--num_samples=30', '--export={folder}'], 'give only one of --edit, --refocus, --num_samples and --export'),

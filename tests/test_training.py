@@ -514,9 +514,10 @@ def test_other_changes_at_a_resume_are_reported_and_applied(train, stage2, tmp_p
     assert {tuple(group['betas']) for group in groups} == {(0.8, 0.9)} and groups[0]['lr'] < 1e-5
 
 
-def test_tokenizers_are_resumed_with_whatever_else_and_it_is_said(train_stage1, stage1, tmp_path, capsys):
+def test_tokenizers_are_resumed_with_whatever_else_and_it_is_said(train_stage1, stage1, data, tmp_path, capsys):
     shutil.copy(stage1 / 'tokenizer_state.pt', tmp_path)
-    changes = TUNED | dict(reseed_until=0.9, lambda_focus=0.05, beta=0.5, max_radius=14.0)
+    moved = shutil.copytree(data, tmp_path / 'moved')
+    changes = TUNED | dict(data=str(moved), reseed_until=0.9, lambda_focus=0.05, beta=0.5, max_radius=14.0)
     train_stage1(init_from='resume', steps=14, **changes)
     said = next(line for line in capsys.readouterr().out.splitlines() if 'changed settings' in line)
     assert all(f'{name} ' in said and repr(value) in said for name, value in changes.items())

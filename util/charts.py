@@ -145,7 +145,7 @@ CHARTS = (siemens_star, zone_plate, line_grating, checkerboard, halftone_dots,
 # -----------------------------------------------------------------------------
 # the data set
 
-# Few colours, and dark ones far from light ones: a small model should spend itself on the drawing.
+# Few colours, and dark ones far from light ones: a small model should focus on the drawing.
 DARK = ('#14141c', '#183078', '#105038', '#781828', '#542468')
 LIGHT = ('#f8f8f4', '#f8d458', '#8cd0f0', '#f8acb8', '#a4e4ac')
 

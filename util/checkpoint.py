@@ -70,7 +70,7 @@ def locked(path):
             yield
         finally:
             if file:
-                with suppress(PermissionError):             # Windows deletes no open file
+                with suppress(PermissionError):             # fails while open on Windows
                     path.unlink(missing_ok=True)
 
 
@@ -177,7 +177,7 @@ def load_weights(module, state_dict, name):
         module.load_state_dict({key: sharded_like(now.get(key), w) for key, w in state_dict.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f'{name} does not fit this model: {reason}; is it of another config?') from None
+        raise UserError(f'{name} does not fit this model: {reason}; is it from another config?') from None
 
 
 def check_resumed(saved, config, fixed, path):
@@ -230,7 +230,7 @@ def sharded_like(parameter, tensor):
 
 
 def load_optimizer(optimizer, saved):
-    """Restores the averages of a state dict. Learning rate, betas and weight decay stay those of this run."""
+    """Restores moments from a state dict. Learning rate, betas and weight decay stay those of this run."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for number, values in saved['state'].items():
         p = parameters[number]

@@ -1,4 +1,4 @@
-"""How good images are: pairs of them, sets of them, and the small CNN behind FD-cnn.
+"""Image quality of pairs and of sets, and the small CNN behind FD-cnn.
 
 Pairs are float (B, 3, H, W) in [−1, 1]; sets are uint8 (N, 3, H, W).
 """
@@ -17,7 +17,7 @@ from util.runtime import to_device
 # pairs of images
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB, averaged over the images; infinite if any two are equal.
+    """Peak signal-to-noise ratio in dB, averaged over the images; infinite if any pair is equal.
 
     a, b (B, 3, H, W) in [−1, 1], so the peak is 2.
     """
@@ -176,7 +176,7 @@ def train_cnn(images, labels, num_classes, steps, batch, lr, augment=False, devi
     cnn.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(cnn.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = runtime.generator(seed, 6)                  # not a name: FD-cnn would change
+    generator = runtime.generator(seed, 6)                  # a name would change FD-cnn
     with runtime.progress(steps, label='cnn', images_per_step=batch) as bar:
         for _ in range(steps):
             picks = torch.randint(len(images), (batch,), generator=generator)

@@ -144,7 +144,7 @@ def to_picture(image):
 def picture_grid(images, columns, row_names=(), column_names=(), side=0):
     """Images (N, 3, S, S) row by row in one PIL picture, each `side` pixels wide (default: S, at least 64).
 
-    They are resized without smoothing. row_names, made legible(), stand to the left of the rows, column_names
+    They are resized without smoothing. row_names, made legible(), go to the left of the rows, column_names
     (ASCII, one or two lines each) above the columns.
     """
     row_names = [legible(' '.join(name.split())) for name in row_names]
@@ -181,7 +181,7 @@ def focus_labels(radii, decoded, blurred):
 def add_row(path, row, images, name):
     """Writes images (N, 3, S, S) as row number `row` (from 0) of a PNG, below what it has of earlier rows.
 
-    Later rows, of a run that was resumed before them, are dropped.
+    Later rows, from before a resume, are dropped.
     """
     new = picture_grid(images, len(images), [name])
     top = row * (new.height + 2)

@@ -274,8 +274,8 @@ def random_numbers(distribution, shape, numbers, device, *stream):
     """Random numbers (len(numbers), *shape) for the samples with these numbers, generated on the device.
 
     distribution: torch.rand or torch.randn. A sample's random numbers depend only on the stream (integers and
-    strings) and its number, so they are the same for any number of ranks or passes. Other types of devices
-    give other numbers.
+    strings) and its number, so they are the same for any number of ranks or passes. Results differ between
+    device types.
     """
     rng = torch.Generator(device)
     return torch.stack([distribution(shape, generator=rng.manual_seed(seed_of(*stream, n)), device=device)
@@ -330,7 +330,7 @@ def progress(total, initial=0, label='', images_per_step=1):
 # errors
 
 OUT_OF_MEMORY = ('MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED'
-                 r'|DataLoader worker \(pid')   # whose death is most often that
+                 r'|DataLoader worker \(pid')   # usually means out of memory
 
 
 def run(main):

@@ -1,4 +1,4 @@
-"""Shared by both training stages: the loop, optimizers, steps that skip what is not finite, saving, speed."""
+"""Shared by both training stages: the loop, optimizers, skipping non-finite steps, saving, speed."""
 import math
 import signal
 import time
