@@ -191,7 +191,8 @@ TABLES = {
         ('500 charts, 4 × KL', 'ablation_small', 'lambda_logit=2', 'no_teacher')),
     'length': lambda: compared(
         ('1,200 steps', 'ablation_charts', 'full', 'var'),
-        ('4,800 steps', 'ablation_charts_4800', 'full', 'var')),
+        ('4,800 steps', 'ablation_charts_4800', 'full', 'var'),
+        ('9,600 steps', 'ablation_charts_9600', 'full', 'var')),
     'aliasing': aliasing,
     'refocusing, PSNR': lambda: refocusing('psnr'),
     'refocusing, sharpness': lambda: refocusing('sharpness'),
