@@ -80,7 +80,7 @@ VARS_OWN, DEFAULT, STRONG = [1.5, 0.96], [2.0, 0.4], [4.0, 0.9]     # cfg and to
 # of README.md: what is compared with the full method, on which data, and how sampled
 CLAIMS = {
     'Predicting focus beats predicting scale': [
-        ('VAR', 'demo', None), ('var', 'charts', DEFAULT),
+        ('VAR', 'demo', None), ('var', 'charts', DEFAULT), ('var', 'charts_4800', DEFAULT),
         ('var', 'photos', DEFAULT), ('var', 'photos', VARS_OWN), ('var', 'photos', STRONG)],
     'The disk beats a Gaussian': [('gaussian', 'charts', DEFAULT), ('gaussian', 'photos', DEFAULT)],
     'The teacher helps': [('no_teacher', 'charts', DEFAULT), ('no_teacher', 'photos', DEFAULT)],
